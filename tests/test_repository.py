@@ -1,0 +1,147 @@
+"""The repository as a whole: linters, the shape of the files that travel to the Hub, and what README promises."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlinter
+import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "modeling_emu"
+TRAVELLING_FILES = sorted(PACKAGE.glob("*_emu*.py"))
+
+# mlinter's TRF057 asks for generated docstrings; ours are written out, so that a reader of the file sees them.
+MLINTER_RULES = mlinter.DEFAULT_ENABLED_TRF_RULES - {"TRF057"}
+
+# A home or mount of one machine, or where one machine gets its packages from.
+MACHINE = re.compile(r"(?<![\w.$}])/(?:home|root|opt|work|Users|mnt)/\w|file:/{3}|(?:index|find)[-_](?:url|links)")
+
+
+def run_tool(*arguments: str) -> None:
+    result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def travelling(parametrised):
+    return pytest.mark.parametrize("path", TRAVELLING_FILES, ids=lambda path: path.name)(parametrised)
+
+
+def relative_imports(path: Path) -> set[str]:
+    return {f"{name}.py" for name in get_relative_imports(path)}
+
+
+def closure(entry: str) -> set[str]:
+    """Names of all files `entry` reaches through relative imports, itself excluded unless cyclic."""
+    reached: set[str] = set()
+    frontier = {entry}
+    while frontier:
+        frontier = set().union(*(relative_imports(PACKAGE / name) for name in frontier)) - reached
+        reached |= frontier
+    return reached
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
+
+
+def readme_commands() -> list[str]:
+    """The lines of README's first block of shell commands."""
+    block = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block, "README has no block of commands"
+    return block[1].strip().splitlines()
+
+
+def test_ruff_finds_nothing():
+    run_tool("ruff", "check", ".")
+
+
+def test_ruff_would_not_reformat():
+    run_tool("ruff", "format", "--check", ".")
+
+
+def test_mypy_finds_nothing():
+    run_tool("mypy")
+
+
+@travelling
+def test_mlinter_finds_nothing(path):
+    violations = mlinter.analyze_file(path, path.read_text(), enabled_rules=MLINTER_RULES)
+    assert [mlinter.format_violation(violation) for violation in violations] == []
+
+
+@travelling
+def test_imports_are_flat_and_acyclic(path):
+    assert path.name not in closure(path.name), "cyclic relative import: diffusers' loader does not terminate on one"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            assert node.level == 1
+            assert node.module, "`from . import x` is invisible to the Hub's file collector"
+            assert "." not in node.module
+
+
+@travelling
+def test_entry_files_import_their_whole_closure_directly(path):
+    """Both libraries' loaders copy the direct imports of an entry file; diffusers' copies nothing else."""
+    assert relative_imports(path) == closure(path.name)
+
+
+@travelling
+def test_travelling_files_stay_among_themselves(path):
+    assert closure(path.name) <= {file.name for file in TRAVELLING_FILES}
+
+
+@travelling
+def test_travelling_files_need_only_what_a_user_of_both_libraries_has(path):
+    allowed = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", "packaging"}
+    if path.name == "pipeline_emu.py":
+        allowed.add("diffusers")
+    needed = {name.split(".")[0] for name in get_imports(path)} - sys.stdlib_module_names
+    assert needed <= allowed
+
+
+@travelling
+def test_travelling_files_carry_the_licence(path):
+    head = path.read_text()[:700]
+    assert head.startswith("# Copyright ")
+    assert "http://www.apache.org/licenses/LICENSE-2.0" in head
+
+
+def test_tracked_files_name_no_machine():
+    found = []
+    for path in tracked_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{i}: {line[:160]}" for i, line in enumerate(lines, 1) if MACHINE.search(line)
+        ]
+    assert found == []
+
+
+def test_ci_runs_the_second_command_of_readme():
+    commands = readme_commands()
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_readme_tree_names_existing_files():
+    tree = re.search(r"## Files.*?```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree, "README has no file tree"
+    names, folders = [], []
+    for line in tree[1].splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        folders = folders[: indent // 2]
+        names.append("/".join([*folders, name.rstrip("/")]))
+        if name.endswith("/"):
+            folders.append(name.rstrip("/"))
+    missing = [name for name in names if not (ROOT / name).exists()]
+    assert missing == []
