@@ -1,0 +1,415 @@
+# Copyright 2026 The Emu Hub-native developers. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Generation: at each step of each row, a token or an embedding.
+
+The token stream stays discrete: `[IMG]`, N times `<image>`, `[/IMG]`. The id `<image>` at a position says that the input
+there is the embedding that the regression head gave one position before; that embedding travels beside the ids. So
+GenerationMixin's own loop runs unchanged, and sampling, penalties, stopping, streaming, caches and compilation are its
+own. This file adds which ids a row may take, and the embedding on its way from one step to the next.
+
+Shapes: B rows, T positions, N slots per image, D width of the language model, V vocabulary.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode, LogitsProcessor, LogitsProcessorList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+CANDIDATES_AT_ONCE = 8  # candidates ranked in one pass, each with its own copy of the prompt's cache
+
+
+@dataclass
+class EmuGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` gives outside text mode; scores, states and cache as in transformers, where asked for.
+
+    Args:
+        sequences: `(B, T)`, long: prompt and generated ids.
+        image_embeds: `(num_generated_images, N, D)`: the images generated, in reading order, whole ones only.
+        image_rows: `(num_generated_images,)`, long: the row of each.
+    """
+
+    image_embeds: torch.FloatTensor | None = None
+    image_rows: torch.LongTensor | None = None
+
+
+@dataclass
+class EmuRankOutput:
+    """Candidates in the order of their losses.
+
+    Args:
+        order: `(num_candidates,)`, long: indices of the candidates, best first.
+        losses: `(num_candidates,)`, float32: their losses in nats, as given.
+    """
+
+    order: torch.LongTensor
+    losses: torch.FloatTensor
+
+
+class EmuFreeTextProcessor(LogitsProcessor):
+    """Ids that a row cannot choose: slots and `[/IMG]` always, `[IMG]` where no further image may start.
+
+    Stands before all others, so that top-k and top-p choose among ids that can be taken.
+
+    Args:
+        prompt_length: T of the prompt, after which images count as generated.
+        max_images: images that a row may generate; None for any number.
+    """
+
+    def __init__(self, config, prompt_length: int, max_images: int | None):
+        self.start, self.end, self.slot = config.image_start_token_id, config.image_end_token_id, config.image_token_id
+        self.prompt_length = prompt_length
+        self.max_images = max_images
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`(B, T)` ids and `(B, V)` scores to scores."""
+        scores = scores.clone()
+        scores[:, [self.slot, self.end]] = float("-inf")
+        if self.max_images is not None:
+            num_images = (input_ids[:, self.prompt_length :] == self.end).sum(-1)
+            start_scores = scores[:, self.start].masked_fill(num_images >= self.max_images, float("-inf"))
+            scores[:, self.start] = start_scores
+        return scores
+
+
+class EmuImageProcessor(LogitsProcessor):
+    """The only id that a row can take inside an image: `<image>` after `[IMG]` until there are N, then `[/IMG]`.
+
+    A pure function of the last N + 1 ids, so every row is in its own mode. Stands after all others, whose temperature,
+    bias or penalty cannot end an image early.
+    """
+
+    def __init__(self, config):
+        self.start, self.end, self.slot = config.image_start_token_id, config.image_end_token_id, config.image_token_id
+        self.num_slots = config.num_image_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`(B, T)` ids and `(B, V)` scores to scores."""
+        is_slot = (input_ids[:, -self.num_slots :] == self.slot).long()
+        num_trailing = is_slot.flip(-1).cumprod(-1).sum(-1)
+        full = num_trailing == self.num_slots
+        within = (input_ids[:, -1] == self.start) | ((num_trailing > 0) & ~full)
+        scores = scores.masked_fill((within | full)[:, None], float("-inf"))
+        scores[:, self.slot] = scores[:, self.slot].masked_fill(within, 0.0)
+        scores[:, self.end] = scores[:, self.end].masked_fill(full, 0.0)
+        return scores
+
+
+class EmuGenerationMixin(GenerationMixin):
+    """`generate` and `rank_candidates` of `EmuForMultimodalGeneration`.
+
+    Source:
+        Emu, section 2.3; `Emu1/models/modeling_emu.py` (`generate`, `generate_image`). The published loop reads the
+        whole prompt again for each embedding; this one keeps a cache.
+    """
+
+    _supported_generation_modes = [
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    ]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        generation_mode: Literal["text", "image", "interleaved"] = "text",
+        max_images: int | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | EmuGenerateOutput:
+        """Continue prompts with text, with one image, or with both.
+
+        Args:
+            inputs: `(B, T)` ids, also as `input_ids`; left-padded, with `attention_mask` and `pixel_values` beside them.
+            generation_config: as in transformers, like every other argument of its `generate`.
+            generation_mode: "text": no image can start; beams are allowed. "image": the N embeddings of one image per
+                row, in exactly N steps; `[IMG]` is appended where a prompt does not end in it, and `max_new_tokens`
+                has no meaning. "interleaved": text, and an image wherever `[IMG]` is sampled or ends the prompt.
+            max_images: in interleaved mode, images that a row may generate; None for any number.
+
+        Returns:
+            In text mode what transformers gives, `(B, T + new)` ids. Else `EmuGenerateOutput`. An image cut short by
+            `max_new_tokens` keeps its ids, has no embeddings, and a warning says so.
+
+        Raises:
+            ValueError: for beams or embeddings as input outside text mode, `use_cache=False`, guidance over tokens,
+                right padding, or a prompt longer than the context.
+        """
+        if generation_mode not in ("text", "image", "interleaved"):
+            raise ValueError(f"generation_mode: got {generation_mode!r}, expected 'text', 'image' or 'interleaved'")
+        if max_images is not None and generation_mode != "interleaved":
+            raise ValueError(f"max_images: got {max_images} in {generation_mode} mode, expected None")
+        if max_images is not None and max_images < 0:
+            raise ValueError(f"max_images: got {max_images}, expected 0 or more")
+
+        if inputs is not None:
+            if kwargs.get("input_ids") is not None:
+                raise ValueError("input_ids: got them also as the first argument, expected them once")
+            kwargs["input_ids"] = inputs
+        self._check_prompt(generation_mode, **kwargs)
+        if generation_mode == "image":
+            kwargs = self._prepare_image_kwargs(generation_config, kwargs)
+        return super().generate(
+            generation_config=generation_config, generation_mode=generation_mode, max_images=max_images, **kwargs
+        )
+
+    def _check_prompt(
+        self, generation_mode, input_ids=None, inputs_embeds=None, attention_mask=None, streamer=None, **kwargs
+    ) -> None:
+        """Refuse prompts that cannot be continued."""
+        if generation_mode != "text" and (inputs_embeds is not None or input_ids is None):
+            raise ValueError(f"input_ids: got none in {generation_mode} mode, expected the prompt as ids")
+        if generation_mode == "image" and streamer is not None:
+            raise ValueError("streamer: got one in image mode, expected None: there is no text to stream")
+        if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask[:, -1].all()):
+            raise ValueError("attention_mask: got right padding, expected left padding (padding_side='left')")
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        needed = (
+            0
+            if prompt is None
+            else prompt.shape[1] + (self.config.num_image_tokens if generation_mode == "image" else 1)
+        )
+        if context is not None and needed > context:
+            raise ValueError(
+                f"prompt: got {prompt.shape[1]} positions, {needed} with what follows, expected at most {context}"
+            )
+
+    def _prepare_image_kwargs(self, generation_config: GenerationConfig | None, kwargs: dict) -> dict:
+        """Arguments of transformers' `generate` that make it regress one image per row."""
+        input_ids, attention_mask = self._append_image_start(kwargs["input_ids"], kwargs.get("attention_mask"))
+        kwargs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": None}
+        kwargs["max_length"] = input_ids.shape[1] + self.config.num_image_tokens + 1  # the last for `[/IMG]`
+        kwargs["custom_generate"] = regress_image
+        # A static cache has its mask ready, where a dynamic one asks the device at every step whether rows are padded.
+        # Not compiled unless the caller asks for a static cache: a single picture would not repay it.
+        given = (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None))
+        if kwargs.get("past_key_values") is None and given == (None, None):
+            kwargs |= {"cache_implementation": "static", "disable_compile": True}
+        return kwargs
+
+    def _append_image_start(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """End every row in `[IMG]`; rows that do already get one more position of padding on the left instead."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        has_start = (input_ids[:, -1:] == self.config.image_start_token_id) & (
+            attention_mask[:, -input_ids.shape[1] :][:, -1:] == 1
+        )
+        if bool(has_start.all()):
+            return input_ids, attention_mask
+        if attention_mask.shape[1] != input_ids.shape[1] and bool(has_start.any()):
+            raise ValueError("input_ids: got some rows that end in [IMG] beside a cache, expected all or none")
+        start = torch.full_like(input_ids[:, :1], self.config.image_start_token_id)
+        padding = torch.full_like(start, self.config.get_text_config().pad_token_id or 0)
+        ones, zeros = torch.ones_like(attention_mask[:, :1]), torch.zeros_like(attention_mask[:, :1])
+        return (
+            torch.where(has_start, torch.cat((padding, input_ids), 1), torch.cat((input_ids, start), 1)),
+            torch.where(has_start, torch.cat((zeros, attention_mask), 1), torch.cat((attention_mask, ones), 1)),
+        )
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        """Take our own arguments out, keep them on this call's copy of the config, refuse what cannot work."""
+        mode, max_images = kwargs.pop("generation_mode", "text"), kwargs.pop("max_images", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config._emu_mode, generation_config._emu_max_images = mode, max_images
+        if not generation_config.use_cache:
+            raise ValueError("use_cache: got False, expected True: generated embeddings are only in the cache")
+        if generation_config.guidance_scale not in (None, 1, 1.0):
+            raise ValueError(
+                f"guidance_scale: got {generation_config.guidance_scale}, expected 1: Emu guides in EmuPipeline's decoder"
+            )
+        if generation_config.num_beams not in (None, 1) and mode != "text":
+            raise ValueError(f"num_beams: got {generation_config.num_beams} in {mode} mode, expected 1")
+        return generation_config, model_kwargs
+
+    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, **kwargs) -> LogitsProcessorList:
+        """Transformers' own processors between the two that know of images."""
+        processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
+        in_text_mode = generation_config._emu_mode == "text"
+        max_images = 0 if in_text_mode else generation_config._emu_max_images
+        first = EmuFreeTextProcessor(self.config, input_ids_seq_length, max_images)
+        last = [] if in_text_mode else [EmuImageProcessor(self.config)]
+        return LogitsProcessorList([first, *processors, *last])
+
+    def prepare_inputs_for_generation(
+        self, input_ids, visual_inputs=None, recorded_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        """As in transformers; the embedding of the last step goes in at every step but the first."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration:
+            model_inputs["visual_inputs"] = visual_inputs
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        """As in transformers; hands the embedding on, and keeps it where images may be generated."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        # A copy: the buffer belongs to the compiled call, whose next run overwrites it.
+        model_kwargs["visual_inputs"] = outputs.regressed_embeds[:, -1:].clone()
+        if model_kwargs.get("recorded_embeds") is not None:
+            model_kwargs["recorded_embeds"].append(model_kwargs["visual_inputs"])
+        return model_kwargs
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """Transformers' loop; outside text mode with the embeddings of the images that it went through."""
+        if generation_config._emu_mode == "text":
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        recorded_embeds: list[torch.Tensor] = []
+        outputs = super()._sample(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            recorded_embeds=recorded_embeds,
+            **kwargs,
+        )
+        fields = dict(outputs) if isinstance(outputs, GenerateDecoderOnlyOutput) else {"sequences": outputs}
+        new_ids = fields["sequences"][:, input_ids.shape[1] :]
+        # Ranks that wait for others run on without adding ids.
+        embeds = torch.cat(recorded_embeds[: new_ids.shape[1]], dim=1)
+        image_embeds, image_rows = self._collect_images(new_ids, embeds)
+        return EmuGenerateOutput(**fields, image_embeds=image_embeds, image_rows=image_rows)
+
+    def _collect_images(
+        self, new_ids: torch.LongTensor, embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """The whole images among generated positions: `(B, T)` ids and `(B, T, D)` to `(n, N, D)` and `(n,)` rows."""
+        num_slots = self.config.num_image_tokens
+        is_slot = new_ids == self.config.image_token_id
+        # Slots stand in runs of N, but for a last run that the length limit cut short.
+        cut = is_slot.flip(-1).long().cumprod(-1).flip(-1).bool()
+        cut &= cut.sum(-1, keepdim=True) < num_slots
+        num_cut = int(cut.any(-1).sum())
+        if num_cut:
+            logger.warning(
+                f"{num_cut} of {new_ids.shape[0]} rows end inside an image, which is left out: "
+                f"max_new_tokens is too small for its {num_slots} embeddings."
+            )
+        rows, positions = (is_slot & ~cut).nonzero(as_tuple=True)
+        return embeds[rows, positions].unflatten(0, (-1, num_slots)), rows[::num_slots]
+
+    def generate_batch(self, *args, **kwargs):
+        """Continuous batching knows ids alone."""
+        raise ValueError("generate_batch: continuous batching carries no embeddings, expected generate()")
+
+    @torch.no_grad()
+    def rank_candidates(
+        self, inputs: dict, candidates: list[list[int]], reduction: Literal["sum", "mean"] = "sum"
+    ) -> EmuRankOutput:
+        """Order candidate continuations of one prompt by their loss.
+
+        Args:
+            inputs: what `EmuProcessor` makes of one prompt: `input_ids` `(1, T)`, `attention_mask`, `pixel_values`.
+            candidates: ids of each candidate, without a start token (`EmuProcessor.encode_candidates`).
+            reduction: "sum" of a candidate's token losses, the published order within one batch; "mean", that sum over
+                the T + length - 1 positions of prompt and candidate, the published order with one candidate at a time.
+
+        Raises:
+            ValueError: for several prompts, no candidates, an empty candidate, or another reduction.
+
+        Source:
+            `Emu1` VisDial evaluation.
+        """
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction: got {reduction!r}, expected 'sum' or 'mean'")
+        if inputs["input_ids"].shape[0] != 1:
+            raise ValueError(f"prompts: got {inputs['input_ids'].shape[0]}, expected 1")
+        if not candidates or not all(len(candidate) for candidate in candidates):
+            raise ValueError(f"candidates: got {candidates}, expected at least one, none of them empty")
+
+        prompt = self(**inputs, use_cache=True, logits_to_keep=1)
+        prompt_mask = inputs.get("attention_mask")
+        if prompt_mask is None:
+            prompt_mask = torch.ones_like(inputs["input_ids"])
+        losses = torch.cat(
+            [
+                self._compute_candidate_losses(
+                    prompt.logits, prompt.past_key_values, prompt_mask, candidates[first : first + CANDIDATES_AT_ONCE]
+                )
+                for first in range(0, len(candidates), CANDIDATES_AT_ONCE)
+            ]
+        )
+        if reduction == "mean":
+            prompt_length = prompt_mask.sum()
+            losses = losses / (prompt_length - 1 + torch.tensor([len(c) for c in candidates], device=losses.device))
+        return EmuRankOutput(order=losses.argsort(stable=True), losses=losses)
+
+    def _compute_candidate_losses(
+        self,
+        prompt_logits: torch.Tensor,
+        prompt_cache: Cache,
+        prompt_mask: torch.Tensor,
+        candidates: list[list[int]],
+    ) -> torch.Tensor:
+        """`(num_candidates,)` sums of token losses, in float32, in one pass over copies of the prompt's cache."""
+        cache = copy.deepcopy(prompt_cache)
+        cache.batch_repeat_interleave(len(candidates))
+        length = max(len(candidate) for candidate in candidates)
+        ids = torch.tensor([[*c, *[0] * (length - len(c))] for c in candidates], device=prompt_mask.device)
+        mask = torch.tensor([[1] * len(c) + [0] * (length - len(c)) for c in candidates], device=prompt_mask.device)
+        attention_mask = torch.cat((prompt_mask.expand(len(candidates), -1).to(mask.dtype), mask), dim=1)
+        positions = attention_mask.cumsum(-1)[:, -length:] - 1
+        outputs = self(ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache)
+        logits = torch.cat((prompt_logits.expand(len(candidates), -1, -1), outputs.logits[:, :-1]), dim=1)
+        log_probs = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1).to(logits.device)).squeeze(-1)
+        return -(log_probs * mask.to(log_probs.device)).sum(-1)
+
+
+def regress_image(
+    model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+) -> EmuGenerateOutput:
+    """Decoding loop of image mode: N steps from `[IMG]`, with nothing to ask of the device between them.
+
+    Takes what transformers hands to a `custom_generate`; every id is known in advance, so there is nothing to sample
+    or to stop at. Where the cache is to be returned, one more step puts the last embedding into it.
+    """
+    num_slots = model.config.num_image_tokens
+    slot = torch.full_like(input_ids[:, :1], model.config.image_token_id)
+    recorded_embeds: list[torch.Tensor] = []
+    model_kwargs["recorded_embeds"] = recorded_embeds
+    forward = model.__call__
+    if model._valid_auto_compile_criteria(model_kwargs, generation_config):
+        forward = model.get_compiled_call(generation_config.compile_config)
+
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    sequences = input_ids
+    num_steps = num_slots + 1 if generation_config.return_dict_in_generate else num_slots
+    with model._optimize_model_for_decode():
+        for _ in range(num_steps - 1):
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            sequences = torch.cat((sequences, slot), dim=1)
+            model_inputs = model.prepare_inputs_for_generation(sequences, next_sequence_length=1, **model_kwargs)
+            outputs = forward(**model_inputs, return_dict=True)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+    end = torch.full_like(slot, model.config.image_end_token_id)
+    return EmuGenerateOutput(
+        sequences=torch.cat((input_ids, slot.expand(-1, num_slots), end), dim=1),
+        image_embeds=torch.cat(recorded_embeds[:num_slots], dim=1),
+        image_rows=torch.arange(input_ids.shape[0], device=input_ids.device),
+        past_key_values=model_kwargs["past_key_values"] if generation_config.return_dict_in_generate else None,
+    )
