@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlinter
 import pytest
+from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 
@@ -145,3 +146,35 @@ def test_readme_tree_names_existing_files():
             folders.append(name.rstrip("/"))
     missing = [name for name in names if not (ROOT / name).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*.md")), ids=lambda path: path.name)
+def test_model_cards_say_what_the_hub_asks(path):
+    card = ModelCard.load(path)
+    metadata = card.data.to_dict()
+    assert metadata["license"] == "other"
+    assert metadata["license_name"]
+    assert metadata["license_link"].startswith("https://")
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "any-to-any")
+    assert metadata["base_model"]
+    assert {"emu", "custom_code", "arxiv:2307.05222"} <= set(metadata["tags"])
+    assert "arxiv.org/abs/2307.05222" in card.text
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))], ids=lambda path: path.name
+)
+def test_every_loading_line_of_a_page_trusts_the_repository(path):
+    lines = [line for line in path.read_text().splitlines() if ".from_pretrained(" in line]
+    assert lines
+    assert [line for line in lines if "trust_remote_code=True" not in line] == []
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("*.md"))], ids=lambda path: path.name
+)
+def test_python_of_a_page_parses(path):
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, path.name, "exec")

@@ -1,0 +1,27 @@
+"""The `emu` command: it parses, calls and prints.
+
+Nothing here imports torch, transformers or diffusers before a command runs, so that `emu --help` answers at once.
+"""
+
+import typer
+
+from .demo import demo
+from .generate import generate
+from .info import info
+
+
+app = typer.Typer(
+    name="emu",
+    help="Emu reads text, images and video in any order and continues them with text, with images or with both.",
+    epilog="Errors are one line; EMU_TRACEBACK=1 shows where they come from.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (generate, info, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,183 @@
+"""`emu generate`: a document from the command line, continued with text, with images, or with both in turn."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .documents import read_document, write_images
+from .reporting import progress, reports_errors
+
+
+if TYPE_CHECKING:
+    from ..modeling_emu import EmuForMultimodalGeneration
+    from ..processing_emu import EmuProcessor
+
+SAMPLING = "Sampling"
+DECODER = "Visual decoder"
+# Options that have a meaning in some modes only.
+TEXT_OPTIONS = [
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "length_penalty",
+]
+DECODER_OPTIONS = ["num_inference_steps", "guidance_scale", "height", "width", "negative_prompt"]
+OPTIONS_OF_MODE = {
+    "text": (*TEXT_OPTIONS,),
+    "image": (*DECODER_OPTIONS, "num_images_per_prompt", "output"),
+    "interleaved": (
+        *(option for option in TEXT_OPTIONS if option not in ("num_beams", "length_penalty")),
+        *DECODER_OPTIONS,
+        "max_images",
+        "output",
+    ),
+}
+DEFAULT_NEW_TOKENS = {"text": 64, "interleaved": 512}
+OPTION_NAMES = {"num_inference_steps": "--steps", "num_images_per_prompt": "--num-images"}
+
+
+@reports_errors
+def generate(
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PART...", help="Texts, and paths of images and videos, in reading order.", show_default=False
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="DIR", help="Model folder or Hub id.", show_default="the packaged one"),
+    ] = None,
+    mode: Annotated[
+        Literal["text", "image", "interleaved"], typer.Option(help="What to continue the document with.")
+    ] = "text",
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling and drawing repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where PNGs go.", show_default="outputs")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the weights are stored.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto: CUDA, else MPS, else the CPU.")] = "auto",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="64 in text mode, else 512.", show_default=False, rich_help_panel=SAMPLING),
+    ] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(min=0, rich_help_panel=SAMPLING)] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Text only.", rich_help_panel=SAMPLING)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Samples; 0 takes the best token.", rich_help_panel=SAMPLING)
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Samples.", rich_help_panel=SAMPLING)] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Samples.", rich_help_panel=SAMPLING)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Of beams.", rich_help_panel=SAMPLING)] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Interleaved only.", rich_help_panel=SAMPLING)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, rich_help_panel=DECODER)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(rich_help_panel=DECODER)] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=DECODER)] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=DECODER)] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="Image mode only.", rich_help_panel=DECODER)] = None,
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", rich_help_panel=DECODER)] = None,
+) -> None:
+    """Continue a document of texts, images and videos.
+
+    A PART that ends in the suffix of an image or a video must be a file; every other PART is text.
+    Text is printed, images are written as PNG files, whose paths are printed.
+    """
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "num_beams": num_beams,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "length_penalty": length_penalty,
+        "max_images": max_images,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "num_images_per_prompt": num_images,
+        "negative_prompt": negative_prompt,
+        "output": output,
+    }
+    options = select_options(mode, given)
+    folder = options.pop("output", None) or Path("outputs")
+    document = read_document(parts)
+    with progress("Loading the libraries"):
+        from .loading import find_model, load_model, load_pipeline, seed_everything
+
+    path = find_model(model, with_decoder=mode != "text")
+    generator = seed_everything(seed)
+    if mode == "text":
+        with progress("Loading the model"):
+            emu, processor = load_model(path, dtype, device)
+        with progress("Generating"):
+            text = continue_with_text(emu, processor, document, options)
+        typer.echo(text)
+        return
+
+    with progress("Loading the model"):
+        pipeline = load_pipeline(path, dtype, device)
+    if mode == "image":
+        result = [
+            {"type": "image", "image": image} for image in pipeline(document, generator=generator, **options).images
+        ]
+    else:
+        result = pipeline.generate_document(document, generator=generator, **options)
+    print_document(result, folder)
+
+
+def select_options(mode: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that were given, with the defaults of the mode, in the words of `generate()` and the pipeline.
+
+    Raises:
+        ValueError: if one of them has no meaning in this mode.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    for name, value in options.items():
+        if name not in OPTIONS_OF_MODE[mode]:
+            option = OPTION_NAMES.get(name, "--" + name.replace("_", "-"))
+            modes = " or ".join(f"--mode {other}" for other, names in OPTIONS_OF_MODE.items() if name in names)
+            raise ValueError(f"{option}: got {value} with --mode {mode}, expected it with {modes} only")
+    if mode in DEFAULT_NEW_TOKENS:
+        options.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS[mode])
+        if options.get("temperature") == 0:
+            options.pop("temperature")
+            options["do_sample"] = False
+        elif options.keys() & {"temperature", "top_p", "top_k"}:
+            options["do_sample"] = True
+    return options
+
+
+def continue_with_text(
+    model: "EmuForMultimodalGeneration",
+    processor: "EmuProcessor",
+    document: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> str:
+    """Continue a document with text, in the prompt form of the model's variant."""
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": document}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
+    ids = model.generate(**inputs, **options)
+    new_ids = ids[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new_ids, skip_special_tokens=True)[0].strip()
+
+
+def print_document(document: list[dict[str, Any]], folder: Path) -> None:
+    """Write the images of a document, then print its texts and the paths of its images, in order."""
+    paths = iter(write_images([part["image"] for part in document if part["type"] == "image"], folder))
+    for part in document:
+        typer.echo(part["text"].strip() if part["type"] == "text" else next(paths))

@@ -1,0 +1,181 @@
+"""`emu info`: what a model folder holds and what it needs, from its configuration and the headers of its weights."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .reporting import progress, reports_errors
+
+
+if TYPE_CHECKING:
+    from ..configuration_emu import EmuConfig
+
+# Prefix of a tensor's name -> part of the model.
+ENCODER_PARTS = {
+    "model.vision_model.": "vision tower",
+    "model.causal_former.": "causal former",
+    "model.language_model.": "language model",
+    "lm_head.": "text head",
+    "regression_head.": "regression head",
+}
+DECODER_PARTS = {"unet": "U-Net", "vae": "VAE", "safety_checker": "safety checker"}
+CARD_SIZES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
+# What a card must keep free beside weights and cache: activations, the driver, fragments.
+FREE_SHARE = 0.1
+# Bytes of one quantised weight: int8 values; 4-bit values with a float32 scale per block of 64 (bitsandbytes' nf4).
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Parameters of one part.
+
+    Args:
+        num_parameters: all of them.
+        num_quantisable: those in linear layers that a quantiser may replace.
+    """
+
+    num_parameters: int
+    num_quantisable: int = 0
+
+
+def read_shapes(folder: Path) -> dict[str, list[int]]:
+    """Read names and shapes of all tensors in a folder's safetensors files, without their values.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    if not shapes:
+        raise ValueError(f"weights: got no *.safetensors in {str(folder)!r}, expected at least one")
+    return shapes
+
+
+def count_parameters(folder: Path) -> dict[str, PartSize]:
+    """Count the parameters of each part of a model folder, from the files that are there."""
+    totals: Counter[str] = Counter()
+    quantisable: Counter[str] = Counter()
+    for name, shape in read_shapes(folder).items():
+        part = next((part for prefix, part in ENCODER_PARTS.items() if name.startswith(prefix)), None)
+        if part is None:
+            raise ValueError(f"weights of {str(folder)!r}: got the tensor {name!r}, expected names of Emu's parts")
+        size = _product(shape)
+        totals[part] += size
+        if name.startswith("model.language_model.layers.") and len(shape) == 2:
+            quantisable[part] += size
+    for subfolder, part in DECODER_PARTS.items():
+        if (folder / subfolder).is_dir():
+            totals[part] = sum(_product(shape) for shape in read_shapes(folder / subfolder).values())
+    return {part: PartSize(total, quantisable[part]) for part, total in totals.items()}
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def compute_memory(parts: dict[str, PartSize]) -> dict[str, int]:
+    """Compute the bytes of all weights for each dtype; quantised, the linear layers of the language model shrink."""
+    total = sum(part.num_parameters for part in parts.values())
+    quantisable = sum(part.num_quantisable for part in parts.values())
+    memory = {"float32": 4 * total, "bfloat16": 2 * total}
+    for name, bytes_per_weight in QUANTISED_BYTES.items():
+        memory[name] = 2 * (total - quantisable) + round(bytes_per_weight * quantisable)
+    return memory
+
+
+def compute_cache_bytes(text_config: Any, bytes_per_value: int = 2) -> int:
+    """Compute the bytes of keys and values for one row that fills the language model's context."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    per_position = 2 * text_config.num_hidden_layers * heads * head_dim * bytes_per_value
+    return per_position * text_config.max_position_embeddings
+
+
+def smallest_card_gb(needed_bytes: int) -> int | None:
+    """Give the smallest common card, in GB, that holds this and keeps `FREE_SHARE` free; None where none does."""
+    return next((size for size in CARD_SIZES_GB if needed_bytes <= size * 1e9 * (1 - FREE_SHARE)), None)
+
+
+def describe_sizes(config: "EmuConfig", folder: Path) -> dict[str, str]:
+    """Describe the networks of a model in one line each."""
+    vision, former, text = config.vision_config, config.causal_former_config, config.text_config
+    sizes = {
+        "variant": config.variant,
+        "vision tower": f"{vision.num_hidden_layers} layers x {vision.hidden_size}, "
+        f"{vision.image_size} px in patches of {vision.patch_size}",
+        "causal former": f"{former.num_hidden_layers} layers x {former.hidden_size}, "
+        f"{config.num_image_tokens} embeddings per image",
+        "language model": f"{text.model_type}, {text.num_hidden_layers} layers x {text.hidden_size}, "
+        f"{text.vocab_size:,} tokens, {text.max_position_embeddings:,} positions",
+    }
+    unet = folder / "unet" / "config.json"
+    if unet.is_file():
+        unet_config = json.loads(unet.read_text())
+        sizes["visual decoder"] = (
+            f"U-Net {'/'.join(map(str, unet_config['block_out_channels']))}, reads width "
+            f"{unet_config['cross_attention_dim']}"
+        )
+    else:
+        sizes["visual decoder"] = "none: this folder gives text and embeddings, no pictures"
+    return sizes
+
+
+@reports_errors
+def info(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder.")],
+) -> None:
+    """Say what a model folder holds: variant, sizes, parameters, memory by dtype, and what a GPU needs."""
+    with progress("Reading the headers"):
+        from ..configuration_emu import EmuConfig
+        from .loading import find_model
+
+        folder = find_model(model, with_decoder=False)
+        config = EmuConfig.from_pretrained(folder)
+        parts = count_parameters(folder)
+    _print_tables(describe_sizes(config, folder), parts, compute_cache_bytes(config.text_config))
+
+
+def _print_tables(sizes: dict[str, str], parts: dict[str, PartSize], cache_bytes: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, size in sizes.items():
+        table.add_row(name, size)
+    console.print(table)
+
+    table = Table("part", "parameters", box=None, title="Parameters", title_justify="left")
+    for name, part in parts.items():
+        table.add_row(name, f"{part.num_parameters:,}")
+    table.add_row("all", f"{sum(part.num_parameters for part in parts.values()):,}")
+    console.print(table)
+
+    table = Table("dtype", "weights", "with a full context", "GPU", box=None, title="Memory", title_justify="left")
+    for name, weights in compute_memory(parts).items():
+        cache = 2 * cache_bytes if name == "float32" else cache_bytes
+        card = smallest_card_gb(weights + cache)
+        table.add_row(
+            name, _gigabytes(weights), _gigabytes(weights + cache), f"{card} GB" if card else "more than one card"
+        )
+    console.print(table)
+    console.print(
+        f"int8 and nf4: the linear layers of the language model, all else bfloat16. GPU: the smallest common card that "
+        f"keeps {FREE_SHARE:.0%} free for activations. Computed, not measured."
+    )
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.3f} GB"

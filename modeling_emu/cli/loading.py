@@ -1,0 +1,125 @@
+"""Model folders, opened with this package's own classes: a folder, a Hub id, or the small model that comes along.
+
+A repository's copy of the code is never run, so no trust has to be asked for.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling_emu import EmuForMultimodalGeneration
+    from ..pipeline_emu import EmuPipeline
+    from ..processing_emu import EmuProcessor
+
+EMU_TINY = Path(__file__).parents[1] / "emu_tiny"
+UNTRAINED = "untrained"  # config.variant of a model that only shows how things work
+
+
+def find_model(model: str | None, *, with_decoder: bool) -> Path:
+    """Give the local folder of a model, after downloading it where it is a Hub id.
+
+    Args:
+        model: a folder, or a Hub id such as "org/emu"; the package's own small model where it is None.
+        with_decoder: whether the visual decoder is needed too; it is not downloaded otherwise.
+
+    Raises:
+        ValueError: if it is neither, or if the folder has no Emu, or no visual decoder although it is needed.
+    """
+    folder = EMU_TINY if model is None else Path(model)
+    if model is not None and not folder.exists():
+        folder = _download(model, with_decoder=with_decoder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model: got {str(folder)!r}, expected a folder with the config.json of an Emu")
+    if with_decoder and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"--model: got {str(folder)!r}, which has no visual decoder (model_index.json, unet/, vae/), "
+            "expected one to draw images; --mode text works without"
+        )
+    return folder
+
+
+def _download(repository: str, *, with_decoder: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError
+
+    parts = Path(repository).parts
+    if len(parts) != 2 or parts[0] in (".", "..", "~", "/"):
+        raise ValueError(f"--model: got {repository!r}, expected an existing folder or a Hub id such as 'org/emu'")
+    ignored = ["*.py", "*.md", *([] if with_decoder else ["*/*"])]
+    try:
+        return Path(snapshot_download(repository, ignore_patterns=ignored))
+    except HFValidationError as error:
+        raise ValueError(f"--model: got {repository!r}, expected a folder or a Hub id ({error})") from error
+
+
+def pick_device(device: str) -> "torch.device":
+    """Give the device of this name; "auto" is CUDA, else MPS, else the CPU."""
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: got {device!r}, expected a device of this machine ({error})") from error
+    return picked
+
+
+def seed_everything(seed: int | None) -> "torch.Generator | None":
+    """Seed sampling, and give the generator of the visual decoder's noise; None leaves both to chance."""
+    import torch
+
+    if seed is None:
+        return None
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def load_model(
+    folder: Path, dtype: str = "auto", device: str = "auto"
+) -> tuple["EmuForMultimodalGeneration", "EmuProcessor"]:
+    """Load the Emu of a folder and its processor, ready to generate."""
+    import transformers
+
+    from ..modeling_emu import EmuForMultimodalGeneration
+    from ..processing_emu import EmuProcessor
+
+    transformers.utils.logging.disable_progress_bar()
+    model = EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)})
+    return model.eval(), EmuProcessor.from_pretrained(folder)
+
+
+def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuPipeline":
+    """Load a folder's Emu, processor and visual decoder as one pipeline, all in the same dtype and on one device."""
+    import diffusers
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+    from ..pipeline_emu import EmuPipeline
+
+    model, processor = load_model(folder, dtype, device)
+    index = EmuPipeline.load_config(folder)
+    networks = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "safety_checker": StableDiffusionSafetyChecker,
+    }
+    components: dict[str, Any] = {
+        name: network.from_pretrained(folder / name, torch_dtype=model.dtype).to(model.device)
+        if (folder / name).is_dir()
+        else None
+        for name, network in networks.items()
+    }
+    components["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    components["feature_extractor"] = (
+        CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+        if (folder / "feature_extractor").is_dir()
+        else None
+    )
+    return EmuPipeline(multimodal_encoder=model, processor=processor, **components)
