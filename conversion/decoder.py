@@ -1,0 +1,164 @@
+# Copyright 2026 The Emu Hub-native developers. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The visual decoder's folder: its weights become safetensors, its configurations are copied as they are."""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig
+
+from conversion.checkpoint import Checkpoint, check_finite, meta_tensors, open_checkpoint, write_safetensors
+from conversion.key_table import list_keys
+from conversion.sizes import read_field, read_json
+
+
+UNET_WEIGHTS = "diffusion_pytorch_model"
+CHECKER_WEIGHTS = "model"
+VAE_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.13
+DROPPED = "vision_model.vision_model.embeddings.position_ids"  # safety checker: computed since transformers 4.31
+
+
+def build_unet(folder: Path) -> torch.nn.Module:
+    return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+
+
+def build_vae(folder: Path) -> torch.nn.Module:
+    return AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+
+
+def build_safety_checker(folder: Path) -> torch.nn.Module:
+    return StableDiffusionSafetyChecker(CLIPConfig.from_pretrained(folder))
+
+
+NETWORKS: dict[str, tuple[str, Callable[[Path], torch.nn.Module]]] = {
+    "unet": (UNET_WEIGHTS, build_unet),
+    "vae": (UNET_WEIGHTS, build_vae),
+    "safety_checker": (CHECKER_WEIGHTS, build_safety_checker),
+}
+CONFIGURED = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
+OPTIONAL = ("safety_checker", "feature_extractor")
+
+
+def check_decoder(folder: Path) -> list[str]:
+    """Names of the components in a decoder's folder.
+
+    Raises:
+        ValueError: if one is missing that cannot be left out; safety checker and its feature extractor can, together.
+    """
+    present = [name for name in NETWORKS if (folder / name / "config.json").is_file()]
+    present += [name for name, file in CONFIGURED.items() if (folder / name / file).is_file()]
+    if absent := [name for name in (*NETWORKS, *CONFIGURED) if name not in present and name not in OPTIONAL]:
+        raise ValueError(f"decoder {folder}: got no {', '.join(absent)} (with its configuration), expected them")
+    if len(optional := [name for name in OPTIONAL if name in present]) == 1:
+        raise ValueError(
+            f"decoder {folder}: got {optional[0]} alone, expected both of {' and '.join(OPTIONAL)}, or none"
+        )
+    return present
+
+
+def check_condition_width(folder: Path, hidden_size: int) -> None:
+    """Refuse a U-Net that reads another width than the language model has.
+
+    Raises:
+        ValueError: if `cross_attention_dim` differs.
+    """
+    file = folder / "unet" / "config.json"
+    width = read_field(read_json(file), "cross_attention_dim", file)
+    if width != hidden_size:
+        raise ValueError(
+            f"{file}: got cross_attention_dim {width}, expected {hidden_size}, the width of the language model "
+            f"(assemble_emu.py gives a Stable Diffusion U-Net new projections of that width)"
+        )
+
+
+def open_component(folder: Path, name: str) -> Checkpoint:
+    """Map the weights of one component under today's names, checked against its network.
+
+    Raises:
+        ValueError: lists the keys that are unknown or missing, and the shapes that differ.
+    """
+    source = open_checkpoint(folder / name)
+    tensors = {}
+    for key, tensor in source.tensors.items():
+        if key == DROPPED:
+            continue
+        match = re.fullmatch(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+        tensors[f"{match[1]}.{VAE_RENAMED[match[2]]}.{match[3]}" if match and name == "vae" else key] = tensor
+    with torch.device("meta"):
+        expected = NETWORKS[name][1](folder / name).state_dict()
+    check_tensors(f"{name} of {folder}", tensors, expected)
+    return Checkpoint(tensors, source.files)
+
+
+def check_tensors(what: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare names and shapes; transformers writes CLIP's vision tower with one prefix or two, and reads both."""
+    shapes = {short_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {short_name(name): tuple(tensor.shape) for name, tensor in expected.items()}
+    problems = {
+        "unknown keys": shapes.keys() - wanted.keys(),
+        "missing keys": wanted.keys() - shapes.keys(),
+        "wrong shapes": {
+            f"{name} {shapes[name]} instead of {wanted[name]}"
+            for name in shapes.keys() & wanted.keys()
+            if shapes[name] != wanted[name]
+        },
+    }
+    if found := [f"{problem}: {list_keys(names)}" for problem, names in problems.items() if names]:
+        raise ValueError(f"{what}: got {'; '.join(found)}, expected the tensors of its configuration")
+
+
+def short_name(name: str) -> str:
+    return name.replace("vision_model.vision_model.", "vision_model.")
+
+
+def convert_decoder(source: Path, output: Path, components: list[str], dtype: torch.dtype | None) -> list[Path]:
+    """Write the components of a decoder into a repository.
+
+    Args:
+        source: folder with one folder per component, `.bin` or `.safetensors` weights.
+        output: the repository.
+        components: from `check_decoder`.
+        dtype: of the weights written; None keeps each as it is.
+
+    Returns:
+        The weight files that were read.
+    """
+    files = []
+    for name in components:
+        (output / name).mkdir()
+        if name in CONFIGURED:
+            shutil.copyfile(source / name / CONFIGURED[name], output / name / CONFIGURED[name])
+            continue
+        shutil.copyfile(source / name / "config.json", output / name / "config.json")
+        component = open_component(source, name)
+        files += component.files
+        write_component(output / name / f"{NETWORKS[name][0]}.safetensors", name, component.tensors, dtype)
+    return files
+
+
+def write_component(file: Path, name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Write the weights of one component, each checked to be finite."""
+
+    def build(key: str) -> torch.Tensor:
+        tensor = tensors[key].to(dtype or tensors[key].dtype)
+        check_finite(f"{name}: {key}", tensor)
+        return tensor
+
+    layout = {key: meta.to(dtype or meta.dtype) for key, meta in meta_tensors(tensors).items()}
+    write_safetensors(file, layout, build)
