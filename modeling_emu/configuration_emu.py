@@ -180,6 +180,11 @@ class EmuConfig(transformers.PreTrainedConfig):
                 )
         if len(set(token_ids.values())) < len(token_ids):
             raise ValueError(f"image token ids: got {token_ids}, expected three different ids")
+        if self.tie_word_embeddings != self.text_config.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings: got {self.tie_word_embeddings}, expected text_config.tie_word_embeddings = "
+                f"{self.text_config.tie_word_embeddings}"
+            )
         if self.regression_loss == "cosine" and self.normalize_regression_targets:
             raise ValueError(
                 "normalize_regression_targets: got True, expected False with regression_loss='cosine', "

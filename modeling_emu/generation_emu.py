@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+_CACHE_SETTINGS = ("cache_implementation", "return_dict_in_generate")
 CANDIDATES_AT_ONCE = 8  # candidates ranked in one pass, each with its own copy of the prompt's cache
 
 
@@ -175,7 +176,14 @@ class EmuGenerationMixin(GenerationMixin):
         )
 
     def _check_prompt(
-        self, generation_mode, input_ids=None, inputs_embeds=None, attention_mask=None, streamer=None, **kwargs
+        self,
+        generation_mode,
+        input_ids=None,
+        inputs_embeds=None,
+        attention_mask=None,
+        streamer=None,
+        max_new_tokens=None,
+        **kwargs,
     ) -> None:
         """Refuse prompts that cannot be continued."""
         if generation_mode != "text" and (inputs_embeds is not None or input_ids is None):
@@ -184,33 +192,32 @@ class EmuGenerationMixin(GenerationMixin):
             raise ValueError("streamer: got one in image mode, expected None: there is no text to stream")
         if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask: got right padding, expected left padding (padding_side='left')")
-        prompt = input_ids if inputs_embeds is None else inputs_embeds
+
+        lengths = [tensor.shape[1] for tensor in (input_ids, inputs_embeds, attention_mask) if tensor is not None]
+        num_new = self.config.num_image_tokens if generation_mode == "image" else (max_new_tokens or 1)
         context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        needed = (
-            0
-            if prompt is None
-            else prompt.shape[1] + (self.config.num_image_tokens if generation_mode == "image" else 1)
-        )
-        if context is not None and needed > context:
+        if lengths and context is not None and max(lengths) + num_new > context:
             raise ValueError(
-                f"prompt: got {prompt.shape[1]} positions, {needed} with what follows, expected at most {context}"
+                f"prompt: got {max(lengths)} positions and {num_new} to generate, expected at most {context} together"
             )
 
     def _prepare_image_kwargs(self, generation_config: GenerationConfig | None, kwargs: dict) -> dict:
         """Arguments of transformers' `generate` that make it regress one image per row."""
-        input_ids, attention_mask = self._append_image_start(kwargs["input_ids"], kwargs.get("attention_mask"))
+        input_ids, attention_mask = self._append_image_start(**kwargs)
         kwargs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": None}
         kwargs["max_length"] = input_ids.shape[1] + self.config.num_image_tokens + 1  # the last for `[/IMG]`
         kwargs["custom_generate"] = regress_image
         # A static cache has its mask ready, where a dynamic one asks the device at every step whether rows are padded.
         # Not compiled unless the caller asks for a static cache: a single picture would not repay it.
-        given = (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None))
-        if kwargs.get("past_key_values") is None and given == (None, None):
+        # A cache that is handed back grows in later calls, which only a dynamic one can.
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        settings = [kwargs.get(name) or any(getattr(c, name) for c in configs) for name in _CACHE_SETTINGS]
+        if kwargs.get("past_key_values") is None and not any(settings):
             kwargs |= {"cache_implementation": "static", "disable_compile": True}
         return kwargs
 
     def _append_image_start(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+        self, input_ids, attention_mask=None, past_key_values=None, **kwargs
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """End every row in `[IMG]`; rows that do already get one more position of padding on the left instead."""
         if attention_mask is None:
@@ -220,7 +227,7 @@ class EmuGenerationMixin(GenerationMixin):
         )
         if bool(has_start.all()):
             return input_ids, attention_mask
-        if attention_mask.shape[1] != input_ids.shape[1] and bool(has_start.any()):
+        if past_key_values is not None and bool(has_start.any()):
             raise ValueError("input_ids: got some rows that end in [IMG] beside a cache, expected all or none")
         start = torch.full_like(input_ids[:, :1], self.config.image_start_token_id)
         padding = torch.full_like(start, self.config.get_text_config().pad_token_id or 0)
@@ -255,11 +262,21 @@ class EmuGenerationMixin(GenerationMixin):
         return LogitsProcessorList([first, *processors, *last])
 
     def prepare_inputs_for_generation(
-        self, input_ids, visual_inputs=None, recorded_embeds=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        inputs_embeds=None,
+        visual_inputs=None,
+        recorded_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
-        """As in transformers; the embedding of the last step goes in at every step but the first."""
+        """As in transformers; the embedding of the last step goes in at every step but the first.
+
+        `inputs_embeds` is in the signature because transformers reads there that a prompt may be embeddings;
+        `recorded_embeds` is for the loop alone and goes no further.
+        """
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration:
             model_inputs["visual_inputs"] = visual_inputs
@@ -341,10 +358,11 @@ class EmuGenerationMixin(GenerationMixin):
         if not candidates or not all(len(candidate) for candidate in candidates):
             raise ValueError(f"candidates: got {candidates}, expected at least one, none of them empty")
 
-        prompt = self(**inputs, use_cache=True, logits_to_keep=1)
         prompt_mask = inputs.get("attention_mask")
         if prompt_mask is None:
             prompt_mask = torch.ones_like(inputs["input_ids"])
+        position_ids = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
+        prompt = self(**inputs, position_ids=position_ids, use_cache=True, logits_to_keep=1)
         losses = torch.cat(
             [
                 self._compute_candidate_losses(

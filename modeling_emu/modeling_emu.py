@@ -295,6 +295,7 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
     def compute_losses(
         self,
         input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         logits: torch.Tensor,
         embeds: torch.Tensor,
@@ -308,6 +309,7 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
 
         Args:
             input_ids: `(B, T)`, long.
+            attention_mask: `(B, T)`; what follows a padding position is no target. None or a 4-D mask: no padding.
             labels: `(B, T)`, long, not shifted; -100 is no target.
             logits: `(B, T, V)`.
             embeds: `(B, T, D)`, the language model's input.
@@ -327,6 +329,8 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
         if not config.supervise_image_start:
             unlearned.append(config.image_start_token_id)
         targets = labels[:, 1:].masked_fill(torch.isin(labels[:, 1:], labels.new_tensor(unlearned)), -100)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            targets = targets.masked_fill(attention_mask[:, :-1] == 0, -100)
         text_loss_sum, num_text_targets = compute_text_loss(logits[:, :-1], targets.to(logits.device))
 
         is_slot, next_is_slot = ids == config.image_token_id, next_ids == config.image_token_id
@@ -403,7 +407,9 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
 
         losses = {}
         if labels is not None:
-            losses = self.compute_losses(input_ids, labels, logits, outputs.inputs_embeds, regressed_embeds)
+            losses = self.compute_losses(
+                input_ids, attention_mask, labels, logits, outputs.inputs_embeds, regressed_embeds
+            )
 
         return EmuCausalLMOutputWithPast(
             logits=logits,
@@ -443,7 +449,7 @@ def compute_regression_loss(
     """
     predictions, targets = predictions.float(), targets.float()
     if normalize_targets:
-        scale = targets.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = targets.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).eps)
         predictions, targets = predictions / scale, targets / scale
     if kind == "cosine":
         errors = 1 - nn.functional.cosine_similarity(predictions, targets, dim=-1)
