@@ -153,7 +153,9 @@ def read_sentencepiece(model_file: Path) -> sentencepiece.SentencePieceProcessor
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"tokenizer: got an unreadable {model_file} ({error}), expected a sentencepiece model") from error
+        raise ValueError(
+            f"tokenizer: got an unreadable {model_file} ({error}), expected a sentencepiece model"
+        ) from error
 
 
 def build_backend(pieces: list[Piece]) -> Tokenizer:
@@ -178,7 +180,7 @@ def get_merges(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
     """All splits of a piece into two pieces, the best-scored piece first, equal scores in the order of ids."""
     pieces = list(pieces)
     vocabulary = {piece.text for piece in pieces}
-    merges = []
+    merges: list[tuple[str, str]] = []
     for piece in sorted(pieces, key=lambda piece: -piece.score):
         splits = ((piece.text[:position], piece.text[position:]) for position in range(1, len(piece.text)))
         merges.extend((left, right) for left, right in splits if left in vocabulary and right in vocabulary)

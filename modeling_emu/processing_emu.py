@@ -234,12 +234,12 @@ def decode_video(source: str | os.PathLike | bytes, num_frames: int | None) -> l
 
     def read(wanted: set[int] | None) -> tuple[dict[int, Image.Image], int]:
         """The wanted frames and the number decoded; None decodes nothing and counts the packets."""
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)) as container:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), "r") as container:
             if not container.streams.video:
                 return {}, 0
             stream = container.streams.video[0]
             if wanted is None:
-                return {}, sum(1 for packet in container.demux(stream) if packet.size)
+                return {}, sum(packet.size > 0 for packet in container.demux(stream))
             stream.thread_type = "AUTO"
             kept, num_decoded = {}, 0
             for frame in container.decode(stream):
@@ -478,7 +478,7 @@ class EmuProcessor(ProcessorMixin):
         texts, media = [], []
         for document in prepare_documents(documents):
             text = ""
-            for is_text, parts in itertools.groupby(document, key=lambda part: part["type"] == "text"):
+            for is_text, parts in itertools.groupby(document, key=is_text_part):
                 if is_text:
                     run = "".join(part["text"] for part in parts)
                     self._refuse_special_tokens(run)
@@ -541,10 +541,15 @@ class EmuProcessor(ProcessorMixin):
     def _check_rows(self, texts: list[str], input_ids: Any) -> None:
         """Refuse a row whose images truncation has cut, and one that the language model cannot read whole."""
         limit = self.tokenizer.model_max_length
+        image_tokens = {
+            self.image_start_token: self.image_start_token_id,
+            self.image_token: self.image_token_id,
+            self.image_end_token: self.image_end_token_id,
+        }
         for row, (text, ids) in enumerate(zip(texts, input_ids, strict=True)):
-            ids = list(ids)
-            for token in (IMAGE_START_TOKEN, IMAGE_TOKEN, IMAGE_END_TOKEN):
-                got, expected = ids.count(self.tokenizer.convert_tokens_to_ids(token)), text.count(token)
+            ids = np.asarray(ids).tolist()
+            for token, token_id in image_tokens.items():
+                got, expected = ids.count(token_id), text.count(token)
                 if got != expected:
                     raise ValueError(
                         f"{token} tokens of row {row} after truncation: got {got}, expected {expected}: an image "
@@ -577,15 +582,17 @@ class EmuProcessor(ProcessorMixin):
             ValueError: besides, if a message of the user or the assistant contains a special token. A message with
                 the role "system" may, since the published ones do.
         """
+        if not conversation:
+            raise ValueError("conversation: got no messages, expected at least one")
         is_batched = isinstance(conversation[0], list | tuple)
         for message in itertools.chain.from_iterable(conversation) if is_batched else conversation:
             content = message.get("content") or ""
             if message.get("role") == "system":
                 continue
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for is_text, run in itertools.groupby(parts, key=lambda part: part["type"] == "text"):
+            for is_text, run in itertools.groupby(parts, key=is_text_part):
                 if is_text:
-                    self._refuse_special_tokens("".join(part["text"] for part in run))
+                    self._refuse_special_tokens("".join(prepare_part(part)["text"] for part in run))
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def encode_candidates(self, candidates: Sequence[str]) -> list[list[int]]:
@@ -661,6 +668,11 @@ class EmuProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+
+def is_text_part(part: dict[str, Any]) -> bool:
+    """Whether a part of a document or message is text."""
+    return part.get("type") == "text"
 
 
 def is_given(media: Any) -> bool:
