@@ -68,7 +68,7 @@ def build_tokenizer(llama_config: str | Path, variant: str = "pretrain") -> PreT
 
     Raises:
         ValueError: if a file is missing or unreadable, or if `tokenizer.model` is not of LLaMA's kind (byte-pair
-            encoding with byte fallback, `<unk> <s> </s>` first), which this form cannot reproduce.
+            encoding, word-start prefix, `<unk> <s> </s>` first), which this form cannot reproduce.
     """
     folder = Path(llama_config)
     model_max_length = read_max_length(folder / "config.json")
@@ -122,8 +122,10 @@ def add_emu_tokens(tokenizer: PreTrainedTokenizerFast, variant: str = "pretrain"
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, expected a fast tokenizer")
     length = len(tokenizer)
-    tokenizer.padding_side = "left"
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    settings = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value  # what is saved
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
     tokens = [AddedToken(token, special=True, normalized=False) for token in get_emu_tokens(variant)[1:]]
@@ -188,13 +190,13 @@ def get_merges(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
 
 
 def verify_backend(backend: Tokenizer, reference: sentencepiece.SentencePieceProcessor, model_file: Path) -> None:
-    """Encode every piece's own text both ways; a model of another kind (unigram, no byte fallback) shows here."""
+    """Encode every piece's own text both ways; a model of another kind (unigram, no prefix) shows here."""
     texts = [reference.id_to_piece(index).replace(WORD_START, " ") for index in range(reference.get_piece_size())]
     for text, encoding in zip(texts, backend.encode_batch(texts), strict=True):
         if encoding.ids != (expected := reference.encode(text)):
             raise ValueError(
                 f"ids of {text!r}: got {encoding.ids}, expected {expected} as {model_file} gives; only a model of "
-                f"LLaMA's kind (byte-pair encoding, byte fallback, word-start prefix) can be converted"
+                f"LLaMA's kind (byte-pair encoding, word-start prefix) can be converted"
             )
 
 
