@@ -16,7 +16,7 @@
 Every default is the published 14B checkpoint; where the paper leaves a number open, the default is the published code.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -138,9 +138,9 @@ class EmuConfig(transformers.PreTrainedConfig):
         ),
     }
 
-    vision_config: dict | transformers.PreTrainedConfig | None = None
-    causal_former_config: dict | transformers.PreTrainedConfig | None = None
-    text_config: dict | transformers.PreTrainedConfig | None = None
+    vision_config: Any = None
+    causal_former_config: Any = None
+    text_config: Any = None
     variant: str = "pretrain"
     image_token_id: int = 32003
     image_start_token_id: int = 32001

@@ -23,13 +23,21 @@ Shapes: B rows, T positions, N slots per image, D width of the language model, V
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import Cache, GenerationConfig, GenerationMixin
-from transformers.generation import GenerationMode, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    BaseStreamer,
+    GenerationMode,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
+
+from .configuration_emu import EmuConfig
 
 
 logger = logging.get_logger(__name__)
@@ -48,8 +56,8 @@ class EmuGenerateOutput(GenerateDecoderOnlyOutput):
         image_rows: `(num_generated_images,)`, long: the row of each.
     """
 
-    image_embeds: torch.FloatTensor | None = None
-    image_rows: torch.LongTensor | None = None
+    image_embeds: torch.Tensor | None = None
+    image_rows: torch.Tensor | None = None
 
 
 @dataclass
@@ -61,11 +69,11 @@ class EmuRankOutput:
         losses: `(num_candidates,)`, float32: their losses in nats, as given.
     """
 
-    order: torch.LongTensor
-    losses: torch.FloatTensor
+    order: torch.Tensor
+    losses: torch.Tensor
 
 
-class EmuFreeTextProcessor(LogitsProcessor):
+class EmuTextLogitsProcessor(LogitsProcessor):
     """Ids that a row cannot choose: slots and `[/IMG]` always, `[IMG]` where no further image may start.
 
     Stands before all others, so that top-k and top-p choose among ids that can be taken.
@@ -75,12 +83,12 @@ class EmuFreeTextProcessor(LogitsProcessor):
         max_images: images that a row may generate; None for any number.
     """
 
-    def __init__(self, config, prompt_length: int, max_images: int | None):
+    def __init__(self, config: EmuConfig, prompt_length: int, max_images: int | None):
         self.start, self.end, self.slot = config.image_start_token_id, config.image_end_token_id, config.image_token_id
         self.prompt_length = prompt_length
         self.max_images = max_images
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`(B, T)` ids and `(B, V)` scores to scores."""
         scores = scores.clone()
         scores[:, [self.slot, self.end]] = float("-inf")
@@ -91,18 +99,18 @@ class EmuFreeTextProcessor(LogitsProcessor):
         return scores
 
 
-class EmuImageProcessor(LogitsProcessor):
+class EmuImageLogitsProcessor(LogitsProcessor):
     """The only id that a row can take inside an image: `<image>` after `[IMG]` until there are N, then `[/IMG]`.
 
     A pure function of the last N + 1 ids, so every row is in its own mode. Stands after all others, whose temperature,
     bias or penalty cannot end an image early.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: EmuConfig):
         self.start, self.end, self.slot = config.image_start_token_id, config.image_end_token_id, config.image_token_id
         self.num_slots = config.num_image_tokens
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`(B, T)` ids and `(B, V)` scores to scores."""
         is_slot = (input_ids[:, -self.num_slots :] == self.slot).long()
         num_trailing = is_slot.flip(-1).cumprod(-1).sum(-1)
@@ -137,8 +145,8 @@ class EmuGenerationMixin(GenerationMixin):
         *,
         generation_mode: Literal["text", "image", "interleaved"] = "text",
         max_images: int | None = None,
-        **kwargs,
-    ) -> torch.LongTensor | EmuGenerateOutput:
+        **kwargs: Any,
+    ) -> torch.Tensor | EmuGenerateOutput:
         """Continue prompts with text, with one image, or with both.
 
         Args:
@@ -177,13 +185,13 @@ class EmuGenerationMixin(GenerationMixin):
 
     def _check_prompt(
         self,
-        generation_mode,
-        input_ids=None,
-        inputs_embeds=None,
-        attention_mask=None,
-        streamer=None,
-        max_new_tokens=None,
-        **kwargs,
+        generation_mode: str,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        streamer: BaseStreamer | None = None,
+        max_new_tokens: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """Refuse prompts that cannot be continued."""
         if generation_mode != "text" and (inputs_embeds is not None or input_ids is None):
@@ -217,8 +225,12 @@ class EmuGenerationMixin(GenerationMixin):
         return kwargs
 
     def _append_image_start(
-        self, input_ids, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """End every row in `[IMG]`; rows that do already get one more position of padding on the left instead."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -237,7 +249,9 @@ class EmuGenerationMixin(GenerationMixin):
             torch.where(has_start, torch.cat((zeros, attention_mask), 1), torch.cat((attention_mask, ones), 1)),
         )
 
-    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
         """Take our own arguments out, keep them on this call's copy of the config, refuse what cannot work."""
         mode, max_images = kwargs.pop("generation_mode", "text"), kwargs.pop("max_images", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
@@ -252,24 +266,26 @@ class EmuGenerationMixin(GenerationMixin):
             raise ValueError(f"num_beams: got {generation_config.num_beams} in {mode} mode, expected 1")
         return generation_config, model_kwargs
 
-    def _get_logits_processor(self, generation_config, input_ids_seq_length=None, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, input_ids_seq_length: int = 0, **kwargs: Any
+    ) -> LogitsProcessorList:
         """Transformers' own processors between the two that know of images."""
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         in_text_mode = generation_config._emu_mode == "text"
         max_images = 0 if in_text_mode else generation_config._emu_max_images
-        first = EmuFreeTextProcessor(self.config, input_ids_seq_length, max_images)
-        last = [] if in_text_mode else [EmuImageProcessor(self.config)]
+        first = EmuTextLogitsProcessor(self.config, input_ids_seq_length, max_images)
+        last = [] if in_text_mode else [EmuImageLogitsProcessor(self.config)]
         return LogitsProcessorList([first, *processors, *last])
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        inputs_embeds=None,
-        visual_inputs=None,
-        recorded_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_inputs: torch.Tensor | None = None,
+        recorded_embeds: list[torch.Tensor] | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As in transformers; the embedding of the last step goes in at every step but the first.
 
         `inputs_embeds` is in the signature because transformers reads there that a prompt may be embeddings;
@@ -282,7 +298,9 @@ class EmuGenerationMixin(GenerationMixin):
             model_inputs["visual_inputs"] = visual_inputs
         return model_inputs
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
         """As in transformers; hands the embedding on, and keeps it where images may be generated."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         # A copy: the buffer belongs to the compiled call, whose next run overwrites it.
@@ -291,7 +309,14 @@ class EmuGenerationMixin(GenerationMixin):
             model_kwargs["recorded_embeds"].append(model_kwargs["visual_inputs"])
         return model_kwargs
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Transformers' loop; outside text mode with the embeddings of the images that it went through."""
         if generation_config._emu_mode == "text":
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
@@ -311,9 +336,7 @@ class EmuGenerationMixin(GenerationMixin):
         image_embeds, image_rows = self._collect_images(new_ids, embeds)
         return EmuGenerateOutput(**fields, image_embeds=image_embeds, image_rows=image_rows)
 
-    def _collect_images(
-        self, new_ids: torch.LongTensor, embeds: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
+    def _collect_images(self, new_ids: torch.Tensor, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole images among generated positions: `(B, T)` ids and `(B, T, D)` to `(n, N, D)` and `(n,)` rows."""
         num_slots = self.config.num_image_tokens
         is_slot = new_ids == self.config.image_token_id
@@ -329,7 +352,7 @@ class EmuGenerationMixin(GenerationMixin):
         rows, positions = (is_slot & ~cut).nonzero(as_tuple=True)
         return embeds[rows, positions].unflatten(0, (-1, num_slots)), rows[::num_slots]
 
-    def generate_batch(self, *args, **kwargs):
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Continuous batching knows ids alone."""
         raise ValueError("generate_batch: continuous batching carries no embeddings, expected generate()")
 
@@ -398,7 +421,12 @@ class EmuGenerationMixin(GenerationMixin):
 
 
 def regress_image(
-    model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    model: "EmuGenerationMixin",
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
 ) -> EmuGenerateOutput:
     """Decoding loop of image mode: N steps from `[IMG]`, with nothing to ask of the device between them.
 

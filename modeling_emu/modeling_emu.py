@@ -23,6 +23,7 @@ Shapes: B rows, T positions, N slots per image, D width of the language model, V
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from transformers import AutoModel, Blip2VisionModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_emu import EmuConfig
 from .generation_emu import EmuGenerationMixin
@@ -100,7 +102,9 @@ class EmuPreTrainedModel(PreTrainedModel):
     modules_to_not_quantize = ("vision_model", "causal_former", "lm_head", "regression_head")
 
     @classmethod
-    def from_pretrained(cls, *args, quantization_config=None, **kwargs):
+    def from_pretrained(
+        cls, *args: Any, quantization_config: QuantizationConfigMixin | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         """As in transformers; a `quantization_config` that names no modules to skip skips `modules_to_not_quantize`."""
         if quantization_config is not None:
             quantization_config = copy.deepcopy(quantization_config)
@@ -190,10 +194,10 @@ class EmuModel(EmuPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         visual_inputs: torch.Tensor | None = None,
@@ -225,7 +229,7 @@ class EmuModel(EmuPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         image_embeds = None if image_outputs is None else torch.stack(tuple(image_outputs.pooler_output))
 
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if visual_inputs is None:
                 inputs_embeds = self.place_image_embeds(input_ids, inputs_embeds, image_embeds)
@@ -279,12 +283,12 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
         """The head that scores tokens."""
         return self.lm_head
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which would name one auto class in the saved configuration; this names all of them."""
         class_reference = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         known = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**known, **dict.fromkeys(AUTO_CLASSES, class_reference)}
-        return super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -326,6 +330,7 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
         ids, next_ids = input_ids[:, :-1], input_ids[:, 1:]
 
         unlearned = [config.image_token_id, config.image_end_token_id]
+        # CODEPATH: the published checkpoints never learn [IMG]; models that start images by themselves do.
         if not config.supervise_image_start:
             unlearned.append(config.image_start_token_id)
         targets = labels[:, 1:].masked_fill(torch.isin(labels[:, 1:], labels.new_tensor(unlearned)), -100)
@@ -358,13 +363,13 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         visual_inputs: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -406,7 +411,7 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
         regressed_embeds = self.regression_head(hidden_states)
 
         losses = {}
-        if labels is not None:
+        if labels is not None and input_ids is not None:
             losses = self.compute_losses(
                 input_ids, attention_mask, labels, logits, outputs.inputs_embeds, regressed_embeds
             )

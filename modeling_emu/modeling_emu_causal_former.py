@@ -21,6 +21,7 @@ Shapes: B images, N queries, H heads, D head_dim, E encoder positions.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with an additive bias, in plain matrix products: `(B, H, N, D)` in, `(B, N, H, D)` out."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -51,7 +52,9 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def compute_position_buckets(num_positions: int, num_buckets: int, max_distance: int, device=None) -> torch.Tensor:
+def compute_position_buckets(
+    num_positions: int, num_buckets: int, max_distance: int, device: torch.device | None = None
+) -> torch.Tensor:
     """The bucket of every pair of positions: half of the buckets hold one distance each, the others grow by its log.
 
     Args:
@@ -100,9 +103,9 @@ class EmuCausalFormerAttention(nn.Module):
                 (self.v_proj, key_value_states),
             )
         )
-        # Flash and flex attention take no additive bias; over N queries sdpa costs nothing measurable more.
-        implementation = "eager" if self.config._attn_implementation == "eager" else "sdpa"
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         attended, _ = attention(
             self,
             query,
@@ -171,10 +174,6 @@ class EmuCausalFormer(PreTrainedModel):
     _no_split_modules = ["EmuCausalFormerLayer"]
     _can_compile_fullgraph = True
     _supports_sdpa = True
-    # A model set to these runs here with sdpa: see EmuCausalFormerAttention.
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: EmuCausalFormerConfig):
         super().__init__(config)
@@ -186,6 +185,13 @@ class EmuCausalFormer(PreTrainedModel):
         self.projection = nn.Linear(config.hidden_size, config.projection_size)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        return self.get_correct_attn_implementation(attn_implementation)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Eager where asked for, else sdpa: flash and flex attention take no additive bias, and N queries are few."""
+        return "eager" if requested_attention == "eager" else "sdpa"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
