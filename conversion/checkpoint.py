@@ -186,7 +186,12 @@ def write_safetensors(file: Path, layout: Mapping[str, torch.Tensor], build: Cal
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            stream.write(build(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(to_bytes(build(name)).numpy().data)
+
+
+def to_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor in the order of its elements, without a copy where it is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def compute_sha256(files: Iterable[Path]) -> dict[str, str]:

@@ -24,11 +24,10 @@ at all. What was found and done is in its `conversion_report.json`.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,38 +37,31 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout: both packages are beside this folder
 
 import diffusers
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
-from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 import modeling_emu
-from conversion.checkpoint import (
-    NUMBERS_AT_ONCE,
-    SAFETENSORS_DTYPES,
-    Checkpoint,
-    check_finite,
-    compute_sha256,
-    meta_tensors,
-    open_checkpoint,
-    write_safetensors,
-)
-from conversion.decoder import check_condition_width, check_decoder, convert_decoder
+from conversion.checkpoint import Checkpoint, compute_sha256, meta_tensors, open_checkpoint, read_safetensors
+from conversion.decoder import check_decoder, convert_decoder
 from conversion.key_table import (
     EMBEDDING_KEY,
-    LORA_PARTS,
     Plan,
-    adapter_key,
     canonical_name,
     has_adapter_names,
-    list_keys,
     plan_conversion,
+    separate_adapter,
 )
 from conversion.sizes import build_config, read_text_config
-from conversion.surgery import LORA_ALPHA, join_parts
 from conversion.tokenizer import build_tokenizer, get_emu_tokens
+from conversion.weights import (
+    check_shapes,
+    compare_weights,
+    convert_state_dict,
+    write_adapter_config,
+    write_json,
+    write_weights,
+)
 from modeling_emu.configuration_emu import EmuConfig
 from modeling_emu.hub.folders import check_free_space, check_output, whole_folder
 from modeling_emu.hub.repository import ADAPTER_FOLDER, check_repository, write_repository_files
@@ -84,8 +76,6 @@ ENCODER_FOLDER = "multimodal_encoder"
 LLAMA_FOLDER = "llama_config"
 REPORT_FILE = "conversion_report.json"
 SMALL_FILES_BYTES = 64 << 20  # tokenizer, code, report: what stands beside the weights
-LORA_DROPOUT = 0.05  # published training recipe
-LORA_TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"  # the causal former has a q_proj too
 
 
 @dataclass(frozen=True)
@@ -94,9 +84,11 @@ class Conversion:
 
     Args:
         source: the mapped checkpoint.
+        config: of the model.
+        tokenizer: with Emu's tokens.
         plan: which source keys make which parameter of the model.
         adapter: the same for the tensors of the adapter; empty where there is none or where it is merged.
-        dropped: source keys dropped by name.
+        layout: the model's state dict on the meta device, in the dtypes that are written.
         dtype: of the weights written; None keeps each as it is.
         lora: "merge" or "adapter"; None without LoRA keys.
     """
@@ -106,6 +98,7 @@ class Conversion:
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
     adapter: Plan
+    layout: dict[str, torch.Tensor]
     dtype: torch.dtype | None
     lora: str | None
 
@@ -139,69 +132,6 @@ def find_variant(names: Iterable[str], num_rows: int, num_pieces: int, expected:
     return found
 
 
-def build_parameter(
-    source: Mapping[str, torch.Tensor], parts: Mapping[str, str], dtype: torch.dtype | None
-) -> torch.Tensor:
-    """One parameter from its published tensors, in `dtype`, or in that of the first of them."""
-    tensors = {part: source[key] for part, key in parts.items()}
-    return join_parts(tensors).to(dtype or next(iter(tensors.values())).dtype)
-
-
-def convert_state_dict(
-    source: Mapping[str, torch.Tensor], plan: Plan, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
-    """The model's state dict from a published one. Pure: no reading, no writing, any device.
-
-    Args:
-        source: published keys and tensors.
-        plan: from `plan_conversion`.
-        dtype: of the result; None keeps each tensor's.
-    """
-    return {name: build_parameter(source, parts, dtype) for name, parts in plan.parts.items()}
-
-
-def separate_adapter(plan: Plan) -> tuple[Plan, Plan]:
-    """Split a plan into that of the unmerged model and that of a PEFT adapter beside it."""
-    base = {
-        name: {part: key for part, key in parts.items() if part not in LORA_PARTS}
-        for name, parts in plan.parts.items()
-    }
-    adapter = {
-        adapter_key(name, part): {"": key}
-        for name, parts in plan.parts.items()
-        for part, key in parts.items()
-        if part in LORA_PARTS
-    }
-    return Plan(base, plan.dropped), Plan(adapter)
-
-
-def check_shapes(source: Mapping[str, torch.Tensor], plan: Plan, expected: Mapping[str, torch.Tensor]) -> None:
-    """Compare every shape and kind of number with the model, before anything is read.
-
-    Raises:
-        ValueError: lists all keys whose shape or dtype cannot be.
-    """
-    metas = meta_tensors(source)
-    problems = []
-    for name, parts in plan.parts.items():
-        keys = " + ".join(parts.values())
-        if wrong := [str(metas[key].dtype) for key in parts.values() if metas[key].dtype not in SAFETENSORS_DTYPES]:
-            problems.append(f"{keys} {', '.join(wrong)} instead of floating point")
-            continue
-        try:
-            shape = tuple(build_parameter(metas, parts, None).shape)
-        except ValueError as error:
-            problems.append(f"{keys} ({error})")
-            continue
-        if shape != tuple(expected[name].shape):
-            problems.append(f"{keys} {shape} instead of {tuple(expected[name].shape)}")
-    if problems:
-        raise ValueError(
-            f"shapes of the checkpoint: got {list_keys(problems)}, expected those of the model (sizes come from "
-            f"--model-config, --causal-former-config and --llama-config)"
-        )
-
-
 def build_meta_model(config: EmuConfig) -> EmuForMultimodalGeneration:
     """The model without memory for its weights."""
     with torch.device("meta"):
@@ -219,158 +149,46 @@ def prepare(
 ) -> Conversion:
     """Check all that can be checked without reading weights.
 
+    Args:
+        source: the checkpoint, see `open_checkpoint`.
+        llama_config: folder with LLaMA's `config.json` and `tokenizer.model`.
+        variant: which weights these should be; None to find out.
+        model_config: file in the form of the published `Emu-14B.json`; None for the published sizes.
+        causal_former_config: T5 configuration file; None for T5-base.
+        lora: "merge" or "adapter"; None merges where there is something to merge.
+        dtype: of the weights written; None keeps each as it is.
+
     Raises:
         ValueError: if anything does not fit; the message lists it.
     """
     checkpoint = open_checkpoint(source)
     names = list(checkpoint.tensors)
-    embeddings = [name for name in names if canonical_name(name) == EMBEDDING_KEY]
-    if not embeddings:
+    embedding = next((name for name in names if canonical_name(name) == EMBEDDING_KEY), None)
+    if embedding is None:
         raise ValueError(
             f"keys of {source}: got no {EMBEDDING_KEY} among {len(names)} keys, expected an Emu checkpoint"
         )
     num_pieces = len(build_tokenizer(llama_config)) - len(get_emu_tokens("pretrain"))
-    variant = find_variant(names, checkpoint.tensors[embeddings[0]].shape[0], num_pieces, variant)
+    variant = find_variant(names, len(checkpoint.tensors[embedding]), num_pieces, variant)
     tokenizer = build_tokenizer(llama_config, variant)
     config = build_config(tokenizer, read_text_config(llama_config), variant, model_config, causal_former_config)
 
     expected = build_meta_model(config).state_dict()
-    plan = plan_conversion(names, expected)
+    plan, adapter = plan_conversion(names, expected), Plan({})
     check_shapes(checkpoint.tensors, plan, expected)
-    with_lora = any(part in LORA_PARTS for parts in plan.parts.values() for part in parts)
-    if lora is not None and not with_lora:
+    if any(".lora_" in name for name in names):
+        lora = lora or "merge"
+    elif lora is not None:
         raise ValueError(f"--lora: got {lora}, expected none: the checkpoint has no LoRA keys")
-    adapter = Plan({})
     if lora == "adapter":
         plan, adapter = separate_adapter(plan)
-    return Conversion(checkpoint, config, tokenizer, plan, adapter, dtype, (lora or "merge") if with_lora else None)
-
-
-def write_tensors(
-    folder: Path,
-    source: Mapping[str, torch.Tensor],
-    plan: Plan,
-    dtype: torch.dtype | None,
-    stem: str,
-    max_shard_size: str,
-) -> dict[str, torch.Tensor]:
-    """Write the tensors of a plan as safetensors, in shards with an index where one file is not enough.
-
-    Returns:
-        What was written, on the meta device.
-    """
-    layout = convert_state_dict(meta_tensors(source), plan, dtype)
-
-    def build(name: str) -> torch.Tensor:
-        for key in plan.parts[name].values():
-            check_finite(key, source[key])
-        tensor = build_parameter(source, plan.parts[name], dtype)
-        if tensor.dtype != source[next(iter(plan.parts[name].values()))].dtype or len(plan.parts[name]) > 1:
-            check_finite(f"{name} as {tensor.dtype}", tensor)
-        return tensor
-
-    pattern = f"{stem}{{suffix}}.safetensors"
-    split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        write_safetensors(folder / file, {name: layout[name] for name in names}, build)
-        print(f"wrote {file}: {len(names)} tensors")
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / f"{stem}.safetensors.index.json", index)
-    return layout
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_adapter(folder: Path, conversion: Conversion, max_shard_size: str) -> None:
-    """Write the LoRA as an adapter that PEFT loads onto the model."""
-    folder.mkdir()
-    write_tensors(
-        folder, conversion.source.tensors, conversion.adapter, conversion.dtype, "adapter_model", max_shard_size
-    )
-    first = next(key for name, parts in conversion.adapter.parts.items() for key in parts.values() if "lora_A" in name)
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": None,
-            "base_model_name_or_path": None,
-            "r": conversion.source.tensors[first].shape[0],
-            "lora_alpha": LORA_ALPHA,
-            "lora_dropout": LORA_DROPOUT,
-            "bias": "none",
-            "target_modules": LORA_TARGETS,
-            "inference_mode": True,
-        },
-    )
-
-
-def read_written(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
-    """Map the weights of a folder."""
-    tensors = {}
-    for file in sorted(folder.glob(pattern)):
-        with safe_open(file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.offset_keys()}
-    return tensors
-
-
-def compare_tensors(
-    written: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor], plan: Plan, dtype: torch.dtype | None
-) -> float:
-    """Compare every tensor written with what the source gives.
-
-    Returns:
-        The largest difference that a merge's or a cast's rounding made; 0 where the bits are the source's.
-
-    Raises:
-        RuntimeError: if a tensor is not what was to be written.
-    """
-    if written.keys() != plan.parts.keys():
-        raise RuntimeError(f"tensors written: got {list_keys(written.keys() ^ plan.parts.keys())} too many or too few")
-    largest = 0.0
-    for name, parts in plan.parts.items():
-        expected = build_parameter(source, parts, dtype)
-        got = written[name]
-        if got.dtype != expected.dtype or not torch.equal(bits(got), bits(expected)):
-            raise RuntimeError(
-                f"{name}: got other numbers in the file, expected those of {' + '.join(parts.values())}"
-            )
-        exact = join_parts({part: source[key] for part, key in parts.items()})
-        if exact.dtype != got.dtype:
-            pairs = zip(*(tensor.reshape(-1).split(NUMBERS_AT_ONCE) for tensor in (got, exact)), strict=True)
-            largest = max(largest, *(float((left.double() - right.double()).abs().max()) for left, right in pairs))
-    return largest
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def verify(folder: Path, conversion: Conversion) -> float:
-    """Load strictly on the meta device, compare every tensor, check that the repository is whole.
-
-    Returns:
-        The largest difference, see `compare_tensors`.
-    """
-    source = conversion.source.tensors
-    written = read_written(folder, "model*.safetensors")
-    build_meta_model(conversion.config).load_state_dict(meta_tensors(written), strict=True, assign=True)
-    largest = compare_tensors(written, source, conversion.plan, conversion.dtype)
-    if conversion.adapter.parts:
-        adapter = read_written(folder / ADAPTER_FOLDER, "*.safetensors")
-        largest = max(largest, compare_tensors(adapter, source, conversion.adapter, conversion.dtype))
-    check_repository(folder)
-    return largest
-
-
-def count_dtypes(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
-    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
+    layout = convert_state_dict(meta_tensors(checkpoint.tensors), plan, dtype)
+    config.dtype = max(DTYPES.values(), key=lambda kind: count_bytes(t for t in layout.values() if t.dtype == kind))
+    return Conversion(checkpoint, config, tokenizer, plan, adapter, layout, dtype, lora)
 
 
 def convert(
-    conversion: Conversion, output: Path, decoder: Path | None = None, max_shard_size: str = "5GB"
+    conversion: Conversion, output: Path, decoder: Path | None = None, max_shard_size: int | str = "5GB"
 ) -> dict[str, Any]:
     """Write the repository.
 
@@ -378,7 +196,7 @@ def convert(
         conversion: from `prepare`.
         output: new or empty folder.
         decoder: folder of the visual decoder.
-        max_shard_size: of a weight file, such as "5GB".
+        max_shard_size: of a weight file, in bytes or such as "5GB".
 
     Returns:
         The report.
@@ -388,57 +206,97 @@ def convert(
         OSError: if the disk is full.
     """
     check_output(output)
-    components = check_decoder(decoder) if decoder else []
-    config, tensors = conversion.config, conversion.source.tensors
-    if decoder:
-        check_condition_width(decoder, config.text_config.hidden_size)
-    layout = convert_state_dict(meta_tensors(tensors), conversion.plan, conversion.dtype)
-    config.dtype = Counter(
-        {dtype: sum(t.nbytes for t in layout.values() if t.dtype == dtype) for dtype in DTYPES.values()}
-    ).most_common(1)[0][0]
-    processor = EmuProcessor(
-        CLIPImageProcessor(
-            size=dict.fromkeys(("height", "width"), config.vision_config.image_size), do_center_crop=False
-        ),
-        conversion.tokenizer,
-        num_image_tokens=config.num_image_tokens,
-        variant=config.variant,
-    )
+    config, source, dtype = conversion.config, conversion.source, conversion.dtype
+    components = check_decoder(decoder, config.get_text_config().hidden_size) if decoder else []
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as executor:
-        check_free_space(folder, sum(tensor.nbytes for tensor in layout.values()) + SMALL_FILES_BYTES)
+        check_free_space(folder, count_bytes(conversion.layout.values()) + SMALL_FILES_BYTES)
         started = time.perf_counter()
-        hashes = executor.submit(compute_sha256, conversion.source.files)
-        write_tensors(folder, tensors, conversion.plan, conversion.dtype, "model", max_shard_size)
+        hashes = executor.submit(compute_sha256, source.files)  # whoever reads second finds the pages in the cache
+        write_weights(folder, source.tensors, conversion.plan, dtype, "model", max_shard_size)
         if conversion.adapter.parts:
             write_adapter(folder / ADAPTER_FOLDER, conversion, max_shard_size)
-        decoder_files = convert_decoder(decoder, folder, components, conversion.dtype) if decoder else []
-        write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{config.variant}.md")
+        decoder_files = convert_decoder(decoder, folder, components, dtype) if decoder else []
+        write_repository_files(folder, config, build_processor(conversion), MODEL_CARDS / f"emu-{config.variant}.md")
         written = time.perf_counter()
-        print("written; now comparing with the source")
-        largest = verify(folder, conversion)
-        report = {
+
+        print("written; comparing with the source")
+        report = build_report(conversion) | {
+            "maximum_difference": verify(folder, conversion),
             "source": hashes.result(),
             "decoder": compute_sha256(decoder_files),
-            "variant": config.variant,
-            "lora": conversion.lora,
-            "tensors_read": len(tensors),
-            "tensors_written": len(layout) + len(conversion.adapter.parts),
-            "parameters": sum(tensor.numel() for tensor in layout.values()),
-            "dtypes_read": count_dtypes(tensors.values()),
-            "dtypes_written": count_dtypes(layout.values()),
-            "dropped": conversion.plan.dropped,
-            "maximum_difference": largest,
             "seconds": {"written": written - started, "verified": time.perf_counter() - written},
-            "versions": {
-                "modeling-emu": modeling_emu.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "diffusers": diffusers.__version__,
-                "huggingface_hub": huggingface_hub.__version__,
-            },
         }
         write_json(folder / REPORT_FILE, report)
     return report
+
+
+def build_processor(conversion: Conversion) -> EmuProcessor:
+    """The processor of the model: pixels squashed to the vision tower's size, as published."""
+    size = conversion.config.vision_config.image_size
+    return EmuProcessor(
+        CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False),
+        conversion.tokenizer,
+        num_image_tokens=conversion.config.num_image_tokens,
+        variant=conversion.config.variant,
+    )
+
+
+def write_adapter(folder: Path, conversion: Conversion, max_shard_size: int | str) -> None:
+    """Write the LoRA of Emu-I as a folder that PEFT loads onto the model."""
+    folder.mkdir()
+    source, adapter = conversion.source.tensors, conversion.adapter
+    write_weights(folder, source, adapter, conversion.dtype, "adapter_model", max_shard_size)
+    first = next(key for name, parts in adapter.parts.items() for key in parts.values() if "lora_A" in name)
+    write_adapter_config(folder, rank=len(source[first]))
+
+
+def verify(folder: Path, conversion: Conversion) -> float:
+    """Load strictly on the meta device, compare every tensor with the source, check that the repository is whole.
+
+    Returns:
+        The largest difference, see `compare_weights`.
+    """
+    source, dtype = conversion.source.tensors, conversion.dtype
+    written = {
+        name: tensor for file in folder.glob("model*.safetensors") for name, tensor in read_safetensors(file).items()
+    }
+    build_meta_model(conversion.config).load_state_dict(meta_tensors(written), strict=True, assign=True)
+    difference = compare_weights(written, source, conversion.plan, dtype)
+    if conversion.adapter.parts:
+        adapter = open_checkpoint(folder / ADAPTER_FOLDER).tensors
+        difference = max(difference, compare_weights(adapter, source, conversion.adapter, dtype))
+    check_repository(folder)
+    return difference
+
+
+def build_report(conversion: Conversion) -> dict[str, Any]:
+    """What was found and decided before anything is written."""
+    return {
+        "variant": conversion.config.variant,
+        "lora": conversion.lora,
+        "tensors_read": len(conversion.source.tensors),
+        "tensors_written": len(conversion.layout) + len(conversion.adapter.parts),
+        "parameters": sum(tensor.numel() for tensor in conversion.layout.values()),
+        "dtypes_read": count_dtypes(conversion.source.tensors.values()),
+        "dtypes_written": count_dtypes(conversion.layout.values()),
+        "dropped": conversion.plan.dropped,
+        "versions": {
+            "modeling-emu": modeling_emu.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def count_dtypes(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Number of tensors of each dtype."""
+    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
+
+
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def main(arguments: list[str] | None = None) -> None:

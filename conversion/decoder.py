@@ -55,11 +55,16 @@ CONFIGURED = {"scheduler": "scheduler_config.json", "feature_extractor": "prepro
 OPTIONAL = ("safety_checker", "feature_extractor")
 
 
-def check_decoder(folder: Path) -> list[str]:
+def check_decoder(folder: Path, condition_size: int) -> list[str]:
     """Names of the components in a decoder's folder.
 
+    Args:
+        folder: with one folder per component.
+        condition_size: width that the U-Net must read, that of the language model.
+
     Raises:
-        ValueError: if one is missing that cannot be left out; safety checker and its feature extractor can, together.
+        ValueError: if one is missing that cannot be left out (safety checker and its feature extractor can, together),
+            or if the U-Net reads another width.
     """
     present = [name for name in NETWORKS if (folder / name / "config.json").is_file()]
     present += [name for name, file in CONFIGURED.items() if (folder / name / file).is_file()]
@@ -69,22 +74,13 @@ def check_decoder(folder: Path) -> list[str]:
         raise ValueError(
             f"decoder {folder}: got {optional[0]} alone, expected both of {' and '.join(OPTIONAL)}, or none"
         )
-    return present
-
-
-def check_condition_width(folder: Path, hidden_size: int) -> None:
-    """Refuse a U-Net that reads another width than the language model has.
-
-    Raises:
-        ValueError: if `cross_attention_dim` differs.
-    """
     file = folder / "unet" / "config.json"
-    width = read_field(read_json(file), "cross_attention_dim", file)
-    if width != hidden_size:
+    if (size := read_field(read_json(file), "cross_attention_dim", file)) != condition_size:
         raise ValueError(
-            f"{file}: got cross_attention_dim {width}, expected {hidden_size}, the width of the language model "
-            f"(assemble_emu.py gives a Stable Diffusion U-Net new projections of that width)"
+            f"{file}: got cross_attention_dim {size}, expected {condition_size}, the width of the language model "
+            f"(assemble_emu.py gives the U-Net of Stable Diffusion new projections of that width)"
         )
+    return present
 
 
 def open_component(folder: Path, name: str) -> Checkpoint:

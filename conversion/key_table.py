@@ -204,3 +204,13 @@ def plan_conversion(source_names: Iterable[str], parameters: Iterable[str]) -> P
         },
         dropped=[by_canonical[name][0] for name in dropped],
     )
+
+
+def separate_adapter(plan: Plan) -> tuple[Plan, Plan]:
+    """Split a plan into that of the unmerged model and that of a PEFT adapter beside it."""
+    base: dict[str, dict[str, str]] = {}
+    adapter: dict[str, dict[str, str]] = {}
+    for name, parts in plan.parts.items():
+        base[name] = {part: key for part, key in parts.items() if part not in LORA_PARTS}
+        adapter |= {adapter_key(name, part): {"": key} for part, key in parts.items() if part in LORA_PARTS}
+    return Plan(base, plan.dropped), Plan(adapter)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from conversion.convert_emu_to_hub import main as convert_emu_to_hub
 from modeling_emu import EmuConfig, EmuForMultimodalGeneration
 
 
@@ -108,3 +109,30 @@ def make_batch(
 def tiny_model() -> EmuForMultimodalGeneration:
     """A random model that tests do not change."""
     return make_model()
+
+
+def convert_golden(source: str, folder: Path) -> Path:
+    """Convert a golden checkpoint with its own sizes, as a user does."""
+    name = source.split("/")[0]
+    convert_emu_to_hub(
+        [
+            str(GOLDENS / source),
+            f"--model-config={GOLDENS / name / 'Emu.json'}",
+            f"--causal-former-config={GOLDENS / name / 'causal_former_t5.json'}",
+            f"--llama-config={GOLDENS / name / 'llama_config'}",
+            f"--output={folder}",
+        ]
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted_pretrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository of golden base Emu with its visual decoder. Not to be changed."""
+    return convert_golden("pretrain/pretrain", tmp_path_factory.mktemp("converted") / "pretrain")
+
+
+@pytest.fixture(scope="session")
+def converted_instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository of golden Emu-I, its LoRA merged. Not to be changed."""
+    return convert_golden("instruct/Emu-instruct.pt", tmp_path_factory.mktemp("converted") / "instruct")
