@@ -99,7 +99,7 @@ class EmuPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     # 8 % of the parameters, and what an image is made of: quantised, they save little and blur every embedding.
-    modules_to_not_quantize = ("vision_model", "causal_former", "lm_head", "regression_head")
+    modules_to_not_quantize = ("model.vision_model", "model.causal_former", "lm_head", "regression_head")
 
     @classmethod
     def from_pretrained(

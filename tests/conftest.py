@@ -24,13 +24,13 @@ NUM_IMAGE_TOKENS = 3
 IMAGE_SIZE = 28
 
 
-def make_config(text_config: dict | None = None, **kwargs) -> EmuConfig:
+def make_config(text_config: dict | None = None, hidden_size: int = 32, **kwargs) -> EmuConfig:
     """A configuration of a few thousand parameters; `text_config` names another language model."""
     text_config = {
         "model_type": "llama",
         "vocab_size": 98,
-        "hidden_size": 32,
-        "intermediate_size": 48,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
@@ -52,7 +52,7 @@ def make_config(text_config: dict | None = None, **kwargs) -> EmuConfig:
         causal_former_config={
             "num_image_tokens": NUM_IMAGE_TOKENS,
             "encoder_hidden_size": 24,
-            "projection_size": 32,
+            "projection_size": hidden_size,
             "hidden_size": 20,
             "head_dim": 6,
             "intermediate_size": 28,
