@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .documents import write_images
+from .documents import check_output, write_images
 from .generate import continue_with_text
 from .reporting import progress, reports_errors
 
@@ -58,6 +58,7 @@ def demo(
     ),
 ) -> None:
     """Continue a text, describe a picture, draw one, and write both pictures on one sheet."""
+    check_output(output)
     with progress("Loading the model"):
         from .loading import UNTRAINED, find_model, load_pipeline, seed_everything
 

@@ -46,6 +46,16 @@ def _read_part(argument: str) -> dict[str, Any]:
     return {"type": "text", "text": argument}
 
 
+def check_output(folder: Path) -> None:
+    """Refuse a file where a folder is meant, before anything is computed for it.
+
+    Raises:
+        ValueError: if `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output: got the file {str(folder)!r}, expected a folder")
+
+
 def write_images(images: list["Image"], folder: Path) -> list[Path]:
     """Write images as PNG files, all of them or none, and overwrite nothing.
 
@@ -56,17 +66,21 @@ def write_images(images: list["Image"], folder: Path) -> list[Path]:
     Returns:
         The paths written, in order.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output: got the file {str(folder)!r}, expected a folder")
+    check_output(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     taken = [int(path.stem[6:]) for path in folder.glob("image_*.png") if path.stem[6:].isdigit()]
     first = max(taken, default=-1) + 1
     paths = [folder / f"image_{number}.png" for number in range(first, first + len(images))]
-
-    # On the target's own file system, so that the last step is a rename.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".emu-") as scratch:
-        for image, path in zip(images, paths, strict=True):
-            image.save(Path(scratch) / path.name)
-        for path in paths:
-            os.replace(Path(scratch) / path.name, path)
+    try:
+        # On the target's own file system, so that the last step is a rename.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".emu-") as scratch:
+            for image, path in zip(images, paths, strict=True):
+                image.save(Path(scratch) / path.name)
+            for path in paths:
+                os.replace(Path(scratch) / path.name, path)
+    except BaseException:
+        if is_new:
+            folder.rmdir()
+        raise
     return paths

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .documents import read_document, write_images
+from .documents import check_output, read_document, write_images
 from .reporting import progress, reports_errors
 
 
@@ -109,7 +109,8 @@ def generate(
         "output": output,
     }
     options = select_options(mode, given)
-    folder = options.pop("output", None) or Path("outputs")
+    folder = options.pop("output", Path("outputs"))
+    check_output(folder)
     document = read_document(parts)
     with progress("Loading the libraries"):
         from .loading import find_model, load_model, load_pipeline, seed_everything

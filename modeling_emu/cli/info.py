@@ -4,15 +4,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .reporting import progress, reports_errors
 
-
-if TYPE_CHECKING:
-    from ..configuration_emu import EmuConfig
 
 # Prefix of a tensor's name -> part of the model.
 ENCODER_PARTS = {
@@ -75,7 +72,11 @@ def count_parameters(folder: Path) -> dict[str, PartSize]:
     for subfolder, part in DECODER_PARTS.items():
         if (folder / subfolder).is_dir():
             totals[part] = sum(_product(shape) for shape in read_shapes(folder / subfolder).values())
-    return {part: PartSize(total, quantisable[part]) for part, total in totals.items()}
+    return {
+        part: PartSize(totals[part], quantisable[part])
+        for part in (*ENCODER_PARTS.values(), *DECODER_PARTS.values())
+        if part in totals
+    }
 
 
 def _product(shape: list[int]) -> int:
@@ -108,8 +109,8 @@ def smallest_card_gb(needed_bytes: int) -> int | None:
     return next((size for size in CARD_SIZES_GB if needed_bytes <= size * 1e9 * (1 - FREE_SHARE)), None)
 
 
-def describe_sizes(config: "EmuConfig", folder: Path) -> dict[str, str]:
-    """Describe the networks of a model in one line each."""
+def describe_sizes(config: Any, folder: Path) -> dict[str, str]:
+    """Describe the networks of an `EmuConfig` in one line each."""
     vision, former, text = config.vision_config, config.causal_former_config, config.text_config
     sizes = {
         "variant": config.variant,
@@ -168,7 +169,7 @@ def _print_tables(sizes: dict[str, str], parts: dict[str, PartSize], cache_bytes
         cache = 2 * cache_bytes if name == "float32" else cache_bytes
         card = smallest_card_gb(weights + cache)
         table.add_row(
-            name, _gigabytes(weights), _gigabytes(weights + cache), f"{card} GB" if card else "more than one card"
+            name, _readable(weights), _readable(weights + cache), f"{card} GB" if card else "more than one card"
         )
     console.print(table)
     console.print(
@@ -177,5 +178,5 @@ def _print_tables(sizes: dict[str, str], parts: dict[str, PartSize], cache_bytes
     )
 
 
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.3f} GB"
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

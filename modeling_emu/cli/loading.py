@@ -85,14 +85,18 @@ def load_model(
     folder: Path, dtype: str = "auto", device: str = "auto"
 ) -> tuple["EmuForMultimodalGeneration", "EmuProcessor"]:
     """Load the Emu of a folder and its processor, ready to generate."""
-    import transformers
+    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     from ..modeling_emu import EmuForMultimodalGeneration
     from ..processing_emu import EmuProcessor
 
-    transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
     model = EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)})
-    return model.eval(), EmuProcessor.from_pretrained(folder)
+    # Part by part: `EmuProcessor.from_pretrained` asks for trust, since its tokenizer's loader reads config.json.
+    parts = [CLIPImageProcessorPil.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)]
+    settings, _ = EmuProcessor.get_processor_dict(folder)
+    return model.eval(), EmuProcessor.from_args_and_dict(parts, settings)
 
 
 def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuPipeline":
