@@ -232,35 +232,48 @@ def decode_video(source: str | os.PathLike | bytes, num_frames: int | None) -> l
     except ImportError as error:
         raise ImportError("video files: got no PyAV, expected it (pip install modeling-emu[video])") from error
 
-    def read(wanted: set[int] | None) -> tuple[dict[int, Image.Image], int]:
-        """The wanted frames and the number decoded; None decodes nothing and counts the packets."""
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), "r") as container:
-            if not container.streams.video:
-                return {}, 0
-            stream = container.streams.video[0]
-            if wanted is None:
-                return {}, sum(packet.size > 0 for packet in container.demux(stream))
-            stream.thread_type = "AUTO"
-            kept, num_decoded = {}, 0
-            for frame in container.decode(stream):
-                if num_decoded in wanted:
-                    kept[num_decoded] = frame.to_image().rotate(frame.rotation, expand=True)
-                num_decoded += 1
-                if len(kept) == len(wanted):
-                    break
-            return kept, num_decoded
+    def open_video() -> Any:
+        return av.open(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), "r")
 
+    name = describe("video", source)
     try:
-        _, num_source_frames = read(None)
+        with open_video() as container:
+            num_source_frames = count_packets(container, name)
         while num_source_frames:
             indices = get_frame_indices(num_source_frames, num_frames)
-            kept, num_decoded = read(set(indices))
-            if len(kept) == len(set(indices)):
-                return [kept[index] for index in indices]
-            num_source_frames = num_decoded  # some packets give no frame: the decoder's count is the true one
+            with open_video() as container:
+                frames, num_decoded = decode_frames(container, set(indices))
+            if len(frames) == len(set(indices)):
+                return [frames[index] for index in indices]
+            num_source_frames = num_decoded  # a packet without a frame: the decoder's count is the true one
     except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(f"{describe('video', source)}: got {error!r}, expected a readable video") from error
-    raise ValueError(f"{describe('video', source)}: got no frames, expected at least one")
+        raise ValueError(f"{name}: got {error!r}, expected a readable video") from error
+    raise ValueError(f"{name}: got no frames, expected at least one")
+
+
+def count_packets(container: Any, name: str) -> int:
+    """Packets of the first video stream of an open PyAV container: its frames, with nothing decoded."""
+    num_packets = 0
+    for packet in container.demux(container.streams.video[0]) if container.streams.video else ():
+        if packet.is_corrupt:
+            raise ValueError(f"{name}: got a file that ends in the middle, expected a whole video")
+        num_packets += packet.size > 0 and not packet.is_discard  # what an edit list hides is no frame
+    return num_packets
+
+
+def decode_frames(container: Any, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
+    """The wanted frames of an open PyAV container, upright, and how many were decoded to get them."""
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    frames: dict[int, Image.Image] = {}
+    num_decoded = 0
+    for frame in container.decode(stream):
+        if num_decoded in wanted:
+            frames[num_decoded] = frame.to_image().rotate(frame.rotation, expand=True)
+        num_decoded += 1
+        if len(frames) == len(wanted):
+            break
+    return frames, num_decoded
 
 
 def prepare_documents(documents: Any) -> list[list[dict[str, Any]]]:

@@ -126,7 +126,7 @@ def test_another_vocabulary(tmp_path):
 
 def test_a_missing_tokenizer_is_an_error(tmp_path):
     shutil.copy(GOLDENS / "pretrain/llama_config/config.json", tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer.model, expected a sentencepiece model"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model, expected a sentencepiece model"):
         build_tokenizer(tmp_path)
 
 
@@ -134,7 +134,7 @@ def test_a_missing_tokenizer_is_an_error(tmp_path):
 def test_a_broken_tokenizer_is_an_error(tmp_path, content):
     shutil.copy(GOLDENS / "pretrain/llama_config/config.json", tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match="tokenizer.model"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
         build_tokenizer(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_truncated_tokenizer_is_an_error(tmp_path):
     model_file = tmp_path / "cut/tokenizer.model"
     model_file.chmod(0o644)
     model_file.write_bytes(model_file.read_bytes()[:5001])
-    with pytest.raises(ValueError, match="tokenizer.model"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
         build_tokenizer(tmp_path / "cut")
 
 
@@ -152,7 +152,7 @@ def test_a_broken_config_is_an_error(tmp_path, config):
     shutil.copy(GOLDENS / "pretrain/llama_config/tokenizer.model", tmp_path)
     if config is not None:
         (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=r"config.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         build_tokenizer(tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_a_broken_config_is_an_error(tmp_path, config):
     ids=["unigram", "no prefix", "other order"],
 )
 def test_a_model_of_another_kind_is_an_error(tmp_path, kind):
-    with pytest.raises(ValueError, match=r"tokenizer.model"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model"):
         build_tokenizer(train_llama_config(tmp_path / "llama_config", **kind))
 
 
