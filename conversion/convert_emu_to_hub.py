@@ -63,7 +63,7 @@ from conversion.weights import (
     write_weights,
 )
 from modeling_emu.configuration_emu import EmuConfig
-from modeling_emu.hub.folders import check_free_space, check_output, whole_folder
+from modeling_emu.hub.outputs import check_free_space, check_output, whole_folder
 from modeling_emu.hub.repository import ADAPTER_FOLDER, check_repository, write_repository_files
 from modeling_emu.modeling_emu import EmuForMultimodalGeneration
 from modeling_emu.processing_emu import EmuProcessor
@@ -171,7 +171,8 @@ def prepare(
     num_pieces = len(build_tokenizer(llama_config)) - len(get_emu_tokens("pretrain"))
     variant = find_variant(names, len(checkpoint.tensors[embedding]), num_pieces, variant)
     tokenizer = build_tokenizer(llama_config, variant)
-    config = build_config(tokenizer, read_text_config(llama_config), variant, model_config, causal_former_config)
+    text_config = read_text_config(llama_config)
+    config = build_config(tokenizer, text_config, len(tokenizer), variant, model_config, causal_former_config)
 
     expected = build_meta_model(config).state_dict()
     plan, adapter = plan_conversion(names, expected), Plan({})
@@ -207,7 +208,7 @@ def convert(
     """
     check_output(output)
     config, source, dtype = conversion.config, conversion.source, conversion.dtype
-    components = check_decoder(decoder, config.get_text_config().hidden_size) if decoder else []
+    components = check_decoder(decoder, config.text_config.hidden_size) if decoder else []
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as executor:
         check_free_space(folder, count_bytes(conversion.layout.values()) + SMALL_FILES_BYTES)
         started = time.perf_counter()
@@ -216,7 +217,8 @@ def convert(
         if conversion.adapter.parts:
             write_adapter(folder / ADAPTER_FOLDER, conversion, max_shard_size)
         decoder_files = convert_decoder(decoder, folder, components, dtype) if decoder else []
-        write_repository_files(folder, config, build_processor(conversion), MODEL_CARDS / f"emu-{config.variant}.md")
+        processor = build_processor(config, conversion.tokenizer)
+        write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{config.variant}.md")
         written = time.perf_counter()
 
         print("written; comparing with the source")
@@ -230,14 +232,14 @@ def convert(
     return report
 
 
-def build_processor(conversion: Conversion) -> EmuProcessor:
-    """The processor of the model: pixels squashed to the vision tower's size, as published."""
-    size = conversion.config.vision_config.image_size
+def build_processor(config: EmuConfig, tokenizer: PreTrainedTokenizerBase) -> EmuProcessor:
+    """The processor of a model: pixels squashed to the vision tower's size, as published."""
+    size = config.vision_config.image_size
     return EmuProcessor(
         CLIPImageProcessorPil(size={"height": size, "width": size}, do_center_crop=False),
-        conversion.tokenizer,
-        num_image_tokens=conversion.config.num_image_tokens,
-        variant=conversion.config.variant,
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        variant=config.variant,
     )
 
 

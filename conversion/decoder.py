@@ -13,6 +13,7 @@
 # limitations under the License.
 """The visual decoder's folder: its weights become safetensors, its configurations are copied as they are."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -55,12 +56,12 @@ CONFIGURED = {"scheduler": "scheduler_config.json", "feature_extractor": "prepro
 OPTIONAL = ("safety_checker", "feature_extractor")
 
 
-def check_decoder(folder: Path, condition_size: int) -> list[str]:
+def check_decoder(folder: Path, condition_size: int | None) -> list[str]:
     """Names of the components in a decoder's folder.
 
     Args:
         folder: with one folder per component.
-        condition_size: width that the U-Net must read, that of the language model.
+        condition_size: width that the U-Net must read, that of the language model; None for any.
 
     Raises:
         ValueError: if one is missing that cannot be left out (safety checker and its feature extractor can, together),
@@ -75,7 +76,7 @@ def check_decoder(folder: Path, condition_size: int) -> list[str]:
             f"decoder {folder}: got {optional[0]} alone, expected both of {' and '.join(OPTIONAL)}, or none"
         )
     file = folder / "unet" / "config.json"
-    if (size := read_field(read_json(file), "cross_attention_dim", file)) != condition_size:
+    if condition_size not in (None, size := read_field(read_json(file), "cross_attention_dim", file)):
         raise ValueError(
             f"{file}: got cross_attention_dim {size}, expected {condition_size}, the width of the language model "
             f"(assemble_emu.py gives the U-Net of Stable Diffusion new projections of that width)"
@@ -138,18 +139,19 @@ def convert_decoder(source: Path, output: Path, components: list[str], dtype: to
     files = []
     for name in components:
         (output / name).mkdir()
-        if name in CONFIGURED:
-            shutil.copyfile(source / name / CONFIGURED[name], output / name / CONFIGURED[name])
-            continue
-        shutil.copyfile(source / name / "config.json", output / name / "config.json")
-        component = open_component(source, name)
-        files += component.files
-        write_component(output / name / f"{NETWORKS[name][0]}.safetensors", name, component.tensors, dtype)
+        file = CONFIGURED.get(name, "config.json")
+        shutil.copyfile(source / name / file, output / name / file)
+        if name in NETWORKS:
+            component = open_component(source, name)
+            files += component.files
+            write_component(output, name, component.tensors, dtype)
     return files
 
 
-def write_component(file: Path, name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Write the weights of one component, each checked to be finite."""
+def write_component(
+    output: Path, name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write the weights of one component into a repository, each checked to be finite."""
 
     def build(key: str) -> torch.Tensor:
         tensor = tensors[key].to(dtype or tensors[key].dtype)
@@ -157,4 +159,31 @@ def write_component(file: Path, name: str, tensors: Mapping[str, torch.Tensor], 
         return tensor
 
     layout = {key: meta.to(dtype or meta.dtype) for key, meta in meta_tensors(tensors).items()}
-    write_safetensors(file, layout, build)
+    write_safetensors(output / name / f"{NETWORKS[name][0]}.safetensors", layout, build)
+
+
+def renew_condition(output: Path, condition_size: int, seed: int) -> list[str]:
+    """Give the U-Net of a repository new projections for a condition of another width; all else is kept.
+
+    Args:
+        output: the repository, its U-Net that of Stable Diffusion.
+        condition_size: width of the embeddings that the U-Net shall read.
+        seed: of the new weights, drawn as `torch.nn.Linear` draws them.
+
+    Returns:
+        Names of the new weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = open_component(output, "unet").tensors
+    new = [name for name in tensors if re.fullmatch(r".*\.attn2\.to_[kv]\.weight", name)]
+    bound = condition_size**-0.5
+    for name in new:
+        weight = torch.empty(len(tensors[name]), condition_size).uniform_(-bound, bound, generator=generator)
+        tensors[name] = weight.to(tensors[name].dtype)
+    weight_file = output / "unet" / f"{UNET_WEIGHTS}.safetensors"
+    weight_file.unlink()  # what is mapped stays readable
+    write_component(output, "unet", tensors)
+    config_file = output / "unet" / "config.json"
+    config = read_json(config_file) | {"cross_attention_dim": condition_size}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return new

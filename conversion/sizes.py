@@ -125,29 +125,32 @@ def read_text_config(folder: Path) -> PreTrainedConfig:
 def build_config(
     tokenizer: PreTrainedTokenizerBase,
     text_config: PreTrainedConfig,
+    vocab_size: int,
     variant: str,
     model_config: Path | None = None,
     causal_former_config: Path | None = None,
+    num_image_tokens: int | None = None,
 ) -> EmuConfig:
-    """The configuration of a model; ids and vocabulary are the tokenizer's.
+    """The configuration of a model; special ids are the tokenizer's.
 
     Args:
         tokenizer: with Emu's tokens.
         text_config: of the language model; its vocabulary size and special ids are replaced.
-        variant: "pretrain" or "instruct".
-        model_config: file in the form of the published `Emu-14B.json`.
-        causal_former_config: T5 configuration file.
+        vocab_size: rows of the word embedding.
+        variant: "pretrain", "instruct", or a name of your own.
+        model_config: file in the form of the published `Emu-14B.json`; None for the published sizes.
+        causal_former_config: T5 configuration file; None for T5-base.
+        num_image_tokens: N; None takes that of `model_config`.
     """
     vision_config = read_vision_config(model_config)
-    text_config.vocab_size = len(tokenizer)
-    text_config.bos_token_id = tokenizer.bos_token_id
-    text_config.eos_token_id = tokenizer.eos_token_id
-    text_config.pad_token_id = tokenizer.pad_token_id
+    text_config.vocab_size = vocab_size
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, name, getattr(tokenizer, name))
     return EmuConfig(
         vision_config=vision_config,
         causal_former_config=read_causal_former_config(
             causal_former_config,
-            read_num_image_tokens(model_config),
+            read_num_image_tokens(model_config) if num_image_tokens is None else num_image_tokens,
             vision_config.hidden_size,
             text_config.hidden_size,
         ),
@@ -156,4 +159,5 @@ def build_config(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_start_token_id=tokenizer.convert_tokens_to_ids(IMAGE_START_TOKEN),
         image_end_token_id=tokenizer.convert_tokens_to_ids(IMAGE_END_TOKEN),
+        tie_word_embeddings=text_config.tie_word_embeddings,
     )

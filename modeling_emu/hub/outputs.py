@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""An output folder that appears whole or not at all, and that one process at a time writes."""
+"""Outputs that appear whole or not at all, and that one process at a time writes."""
 
 import errno
 import shutil
@@ -35,18 +35,21 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
-            errno.ENOSPC, f"free disk space: got {free / 1e9:.2f} GB, expected {num_bytes / 1e9:.2f} GB", folder
+            f"free disk space: got {free / 1e9:.2f} GB, expected {num_bytes / 1e9:.2f} GB in {folder.parent}"
         )
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output folder that has something in it.
+    """Refuse an output that is there already; an empty folder may be.
 
     Raises:
         ValueError: if `output` is a file, or a folder that is not empty.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output folder: got {output}, which is not empty, expected a new or an empty folder")
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise ValueError(f"output: got {output}, a folder that is not empty, expected a new or an empty folder")
+    elif output.exists():
+        raise ValueError(f"output: got {output}, which exists, expected a new path")
 
 
 @contextmanager
@@ -60,37 +63,49 @@ def whole_folder(output: Path) -> Iterator[Path]:
         ValueError: if `output` is not empty, or if another process is writing it.
         OSError: if the disk is full, which the message says.
     """
-    output = output.absolute()
+    with _workplace(output.absolute()) as workplace:
+        folder = workplace / "folder"
+        folder.mkdir()
+        yield folder
+        check_output(output)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+
+
+@contextmanager
+def whole_file(output: Path) -> Iterator[Path]:
+    """As `whole_folder`, for one file: what is written to the path given becomes `output`."""
+    if output.is_dir():
+        raise ValueError(f"output: got {output}, a folder, expected a new file")
+    with _workplace(output.absolute()) as workplace:
+        yield workplace / "file"
+        check_output(output)
+        (workplace / "file").rename(output)
+
+
+@contextmanager
+def _workplace(output: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `output`, for one process at a time."""
     check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     lock_file = output.parent / f".{output.name}.lock"
+    lock = FileLock(lock_file, timeout=0)
     try:
-        lock = FileLock(lock_file, timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise ValueError(
-            f"output folder: got {output}, which another process is writing, expected a free one"
-        ) from error
+        raise ValueError(f"output: got {output}, which another process is writing, expected a free path") from error
+    prefix = f".{output.name}.partial-"
     try:
-        prefix = f".{output.name}.partial-"
-        for abandoned in output.parent.glob(f"{prefix}*"):  # of a process that was killed: the lock is ours
+        for abandoned in output.parent.glob(f"{prefix}*"):  # by a process that was killed: the lock is ours
             shutil.rmtree(abandoned)
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-        try:
-            yield partial
-            check_output(output)
-            partial.chmod(0o755)
-            if output.exists():
-                output.rmdir()
-            partial.rename(output)
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise OSError(
-                    error.errno, f"disk full while writing {output}: nothing was kept ({error.strerror})"
-                ) from error
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as workplace:
+            yield Path(workplace)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            message = f"disk full while writing {output}: nothing is kept ({error.strerror})"
+            raise OSError(message) from error
+        raise
     finally:
         lock_file.unlink(missing_ok=True)
         lock.release()

@@ -1,0 +1,235 @@
+# Copyright 2026 The Emu Hub-native developers. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Start a new Emu for pretraining from a language model, a vision tower and a Stable Diffusion decoder.
+
+    python conversion/assemble_emu.py --language-model llama-13b --vision EVA01_CLIP_g_14_psz14_s11B.pt \\
+        --decoder stable-diffusion-v1-5 --output emu-start
+
+The language model is any causal language model of transformers; it needs memory for its weights, and its tokenizer gets
+Emu's tokens, whose rows begin as the mean of the old ones. The vision tower is an EVA-CLIP checkpoint (`visual.*`, or
+these names bare). The U-Net's cross-attention gets new projections of the language model's width. These, the causal
+former, the norm after the vision tower, the projection and the regression head begin at random, from `--seed`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout: both packages are beside this folder
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from conversion.checkpoint import check_finite, compute_sha256, open_checkpoint
+from conversion.convert_emu_to_hub import DTYPES, MODEL_CARDS, build_meta_model, build_processor
+from conversion.decoder import check_decoder, convert_decoder, renew_condition
+from conversion.key_table import plan_conversion
+from conversion.sizes import build_config
+from conversion.tokenizer import add_emu_tokens
+from conversion.weights import check_shapes, convert_state_dict, write_json
+from modeling_emu.configuration_emu import EmuConfig
+from modeling_emu.hub.outputs import check_output, whole_folder
+from modeling_emu.hub.repository import check_repository, write_repository_files
+from modeling_emu.modeling_emu import EmuForMultimodalGeneration
+
+
+VARIANT = "assembled"
+REPORT_FILE = "assembly_report.json"
+VISION_PREFIX = "visual."
+VISION_PARAMETERS = "model.vision_model."
+FRESH_NORM = "model.vision_model.post_layernorm."  # Emu's own; EVA-CLIP's final norm is another
+FRESH = ("model.causal_former.", FRESH_NORM, "regression_head.")
+
+
+def read_vision(file: Path, config: EmuConfig) -> dict[str, torch.Tensor]:
+    """Parameters of the vision tower from an EVA-CLIP checkpoint; its text tower is left alone.
+
+    Raises:
+        ValueError: if keys are missing, unknown or twice, a shape differs, or a number is not finite.
+    """
+    tensors = open_checkpoint(file).tensors
+    if any(key.startswith(VISION_PREFIX) for key in tensors):
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(VISION_PREFIX)}
+    else:
+        tensors = {VISION_PREFIX + key: tensor for key, tensor in tensors.items()}
+    expected = {
+        name: tensor
+        for name, tensor in build_meta_model(config).state_dict().items()
+        if name.startswith(VISION_PARAMETERS) and not name.startswith(FRESH_NORM)
+    }
+    plan = plan_conversion(tensors, expected)
+    check_shapes(tensors, plan, expected)
+    parameters = convert_state_dict(tensors, plan, config.dtype)
+    for name, parameter in parameters.items():
+        check_finite(name, parameter)
+    return parameters
+
+
+def extend_vocabulary(language_model: PreTrainedModel, num_old_tokens: int, num_tokens: int) -> None:
+    """Give the new tokens rows, the mean of the old ones, in the word embedding and in the head; in place.
+
+    A vocabulary that is padded beyond its tokenizer keeps its size while it is large enough.
+
+    Args:
+        language_model: with its head.
+        num_old_tokens: of the tokenizer before Emu's tokens.
+        num_tokens: of the tokenizer with them.
+    """
+    if num_tokens > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+            rows = layer.weight.detach()
+            rows[num_old_tokens:num_tokens] = rows[:num_old_tokens].double().mean(0).to(rows.dtype)
+
+
+def name_language_parameters(language_model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The language model's parameters under Emu's names: its decoder, and its head."""
+    decoder = language_model.base_model.state_dict()
+    parameters = {f"model.language_model.{name}": tensor for name, tensor in decoder.items()}
+    return parameters | {"lm_head.weight": language_model.get_output_embeddings().weight.detach()}
+
+
+def assemble_model(
+    language_model: PreTrainedModel, vision: dict[str, torch.Tensor], config: EmuConfig, seed: int
+) -> EmuForMultimodalGeneration:
+    """Put the parts together; what is missing is initialised by transformers, as the model defines it.
+
+    Raises:
+        ValueError: if anything but Emu's own parts would be left to chance.
+    """
+    torch.manual_seed(seed)
+    model, loading = EmuForMultimodalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=name_language_parameters(language_model) | vision,
+        dtype=config.dtype,
+        output_loading_info=True,
+    )
+    strange = [name for name in loading["missing_keys"] if not name.startswith(FRESH)]
+    if strange := strange + sorted(loading["unexpected_keys"]):
+        raise ValueError(
+            f"language model {type(language_model).__name__}: got {', '.join(strange)} missing or left over, expected a "
+            f"causal language model that is a decoder and a head without bias"
+        )
+    return model
+
+
+def assemble(
+    language_model: Path,
+    vision: Path,
+    decoder: Path,
+    output: Path,
+    model_config: Path | None = None,
+    causal_former_config: Path | None = None,
+    num_image_tokens: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> dict[str, Any]:
+    """Write the repository of a new Emu.
+
+    Args:
+        language_model: folder of a causal language model with its tokenizer.
+        vision: EVA-CLIP checkpoint.
+        decoder: folder of Stable Diffusion.
+        output: new or empty folder.
+        model_config: sizes of the vision tower and N, in the form of `Emu-14B.json`; None for the published ones.
+        causal_former_config: T5 configuration file; None for T5-base.
+        num_image_tokens: N, instead of that of `model_config`.
+        seed: of all that begins at random.
+        dtype: of all weights; None takes the language model's, and leaves the decoder's as they are.
+        max_shard_size: of a weight file.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if a part is missing, damaged or does not fit.
+        OSError: if the disk is full.
+    """
+    check_output(output)
+    components = check_decoder(decoder, condition_size=None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language_model, local_files_only=True)
+        causal_lm = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto", local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"language model: got {language_model} ({error}), expected a transformers folder") from error
+    num_old_tokens = len(tokenizer)
+    add_emu_tokens(tokenizer)
+    extend_vocabulary(causal_lm, num_old_tokens, len(tokenizer))
+    config = build_config(
+        tokenizer,
+        causal_lm.config,
+        causal_lm.get_input_embeddings().num_embeddings,
+        VARIANT,
+        model_config,
+        causal_former_config,
+        num_image_tokens,
+    )
+    config.dtype = causal_lm.dtype
+    model = assemble_model(causal_lm, read_vision(vision, config), config, seed)
+
+    with whole_folder(output) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        files = convert_decoder(decoder, folder, components, dtype)
+        renewed = renew_condition(folder, config.text_config.hidden_size, seed)
+        processor = build_processor(config, tokenizer)
+        write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{VARIANT}.md")
+        report = {
+            "language_model": causal_lm.config.model_type,
+            "vision": compute_sha256([vision]),
+            "decoder": compute_sha256(files),
+            "tokens_added": len(tokenizer) - num_old_tokens,
+            "seed": seed,
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "parameters": model.num_parameters(),
+            "random": [name for name, _ in model.named_parameters() if name.startswith(FRESH)],
+            "random_in_unet": renewed,
+        }
+        write_json(folder / REPORT_FILE, report)
+        check_repository(folder)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; an error of the user's is one line, without a traceback."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language-model", type=Path, required=True, metavar="DIR", help="causal LM and tokenizer")
+    parser.add_argument("--vision", type=Path, required=True, metavar="FILE", help="EVA-CLIP checkpoint")
+    parser.add_argument(
+        "--decoder", type=Path, required=True, metavar="DIR", help="Stable Diffusion: unet/, vae/, ..."
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument("--model-config", type=Path, metavar="FILE", help="sizes in the form of Emu-14B.json")
+    parser.add_argument(
+        "--causal-former-config", type=Path, metavar="FILE", help="T5 configuration (default: T5-base)"
+    )
+    parser.add_argument("--num-image-tokens", type=int, metavar="N", help="embeddings per image (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of what begins at random (default: 0)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights written (default: as they are)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    options = vars(parser.parse_args(arguments))
+    options["dtype"] = DTYPES[options["dtype"]] if options["dtype"] else None
+    try:
+        report = assemble(**options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{options['output']}: a new Emu of {report['parameters']:,} parameters; see {REPORT_FILE}")
+
+
+if __name__ == "__main__":
+    main()
