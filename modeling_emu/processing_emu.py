@@ -243,9 +243,9 @@ def decode_video(source: str | os.PathLike | bytes, num_frames: int | None) -> l
             indices = get_frame_indices(num_source_frames, num_frames)
             with open_video() as container:
                 frames, num_decoded = decode_frames(container, set(indices))
-            if len(frames) == len(set(indices)):
+            if num_decoded == num_source_frames:
                 return [frames[index] for index in indices]
-            num_source_frames = num_decoded  # a packet without a frame: the decoder's count is the true one
+            num_source_frames = num_decoded  # some packets show no frame: the decoder's count is the true one
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{name}: got {error!r}, expected a readable video") from error
     raise ValueError(f"{name}: got no frames, expected at least one")
@@ -262,7 +262,7 @@ def count_packets(container: Any, name: str) -> int:
 
 
 def decode_frames(container: Any, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
-    """The wanted frames of an open PyAV container, upright, and how many were decoded to get them."""
+    """The wanted frames of an open PyAV container, upright, and the number of all its frames."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     frames: dict[int, Image.Image] = {}
@@ -271,8 +271,6 @@ def decode_frames(container: Any, wanted: set[int]) -> tuple[dict[int, Image.Ima
         if num_decoded in wanted:
             frames[num_decoded] = frame.to_image().rotate(frame.rotation, expand=True)
         num_decoded += 1
-        if len(frames) == len(wanted):
-            break
     return frames, num_decoded
 
 

@@ -531,6 +531,27 @@ def test_frames_that_an_edit_list_hides_do_not_count(tmp_path):
         assert [frame.tobytes() for frame in load_video(bytes(content), num_frames)] == expected
 
 
+def test_packets_that_show_no_frame_do_not_count(tmp_path):
+    av = pytest.importorskip("av")
+    frames = [np.full((32, 32), 8 * level, dtype=np.uint8) for level in range(20)]
+    whole = load_video(write_video(tmp_path / "whole.webm", frames, codec="libvpx", pix_fmt="yuv420p"), None)
+    hidden = {5, 6, 11}
+    with av.open(str(tmp_path / "whole.webm")) as source, av.open(str(tmp_path / "hidden.webm"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            content = bytearray(bytes(packet))
+            if index in hidden:
+                content[0] &= ~0x10  # VP8's show_frame
+            copy = av.Packet(bytes(content))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            target.mux(copy)
+    shown = [frame.tobytes() for index, frame in enumerate(whole) if index not in hidden]
+    for num_frames in (None, 8, 1):
+        expected = [shown[index] for index in get_frame_indices(17, num_frames)]
+        assert [frame.tobytes() for frame in load_video(tmp_path / "hidden.webm", num_frames)] == expected
+
+
 def test_a_video_that_was_cut_is_an_error(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64), dtype=np.uint8)
     content = write_video(tmp_path / "video.mp4", list(noise), movflags="faststart", **MPEG4).read_bytes()
