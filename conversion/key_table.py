@@ -93,7 +93,6 @@ EMBEDDING_KEY = "decoder.lm.model.embed_tokens.weight"
 LANGUAGE_PREFIX = "decoder.lm."
 PEFT_PREFIX = "decoder.lm.base_model.model."
 LORA_PARTS = ("lora_A", "lora_B")
-KEYS_SHOWN = 20  # a message names so many keys, and then the number of the others
 
 
 @dataclass(frozen=True)
@@ -160,10 +159,8 @@ def published_parts(parameter: str, with_lora: bool) -> dict[str, str]:
 
 
 def list_keys(names: Iterable[str]) -> str:
-    """Keys for a message: sorted, and shortened where there are very many."""
-    names = sorted(names)
-    more = f" and {len(names) - KEYS_SHOWN} more" if len(names) > KEYS_SHOWN else ""
-    return ", ".join(names[:KEYS_SHOWN]) + more
+    """Keys for a message, all of them."""
+    return ", ".join(sorted(names))
 
 
 def plan_conversion(source_names: Iterable[str], parameters: Iterable[str]) -> Plan:

@@ -12,7 +12,15 @@ LORA_ALPHA = 16  # published; a state dict does not hold it
 
 
 def fuse_qkv_bias(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Bias of the fused projection, `(3C,)`, from those of query and value, `(C,)` each: the key has none, so zero."""
+    """Bias of the fused projection, `(3C,)`, from those of query and value, `(C,)` each: the key has none, so zero.
+
+    Raises:
+        ValueError: if the two differ in shape.
+    """
+    if query.shape != value.shape:
+        raise ValueError(
+            f"shapes of the biases: got {tuple(query.shape)} and {tuple(value.shape)}, expected one shape"
+        )
     return torch.cat([query, torch.zeros_like(query), value])
 
 
@@ -28,8 +36,15 @@ def split_qkv_bias(bias: torch.Tensor) -> dict[str, torch.Tensor]:
 def merge_lora(
     weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, alpha: float = LORA_ALPHA
 ) -> torch.Tensor:
-    """`W + (alpha / r) B A` in float32: `(out, in)` from `(out, in)`, `(r, in)` and `(out, r)`."""
-    return weight.float() + (alpha / lora_a.shape[0]) * (lora_b.float() @ lora_a.float())
+    """`W + (alpha / r) B A` in float32: `(out, in)` from `(out, in)`, `(r, in)` and `(out, r)`.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    rank, shapes = lora_a.shape[0], (tuple(lora_a.shape), tuple(lora_b.shape))
+    if shapes != ((rank, weight.shape[1]), (weight.shape[0], rank)):
+        raise ValueError(f"shapes of LoRA A and B: got {shapes[0]} and {shapes[1]} for a weight {tuple(weight.shape)}")
+    return weight.float() + (alpha / rank) * (lora_b.float() @ lora_a.float())
 
 
 def join_parts(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
