@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image as fetch_image
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_emu import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
 
@@ -434,6 +434,8 @@ class EmuProcessor(ProcessorMixin):
         audio: Any = None,
         documents: Any = None,
         num_frames: int | None = NUM_VIDEO_FRAMES,
+        return_mm_token_type_ids: bool = False,
+        return_text_replacement_offsets: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Encode texts with their images and videos, or documents, as a batch.
@@ -447,6 +449,8 @@ class EmuProcessor(ProcessorMixin):
             audio: nothing but empty; harnesses pass it.
             documents: instead of the three: see `prepare_documents`. A special token in a text part is an error.
             num_frames: frames per video, by `get_frame_indices`; None takes every frame that is given.
+            return_mm_token_type_ids: give `mm_token_type_ids` besides: 1 for a slot, 0 for the rest.
+            return_text_replacement_offsets: give `text_replacement_offsets` besides: where marks stood in the text.
             kwargs: of the tokenizer (`padding`, `padding_side`, `truncation`, `max_length`, `return_tensors`, ...)
                 and the image processor.
 
@@ -467,6 +471,8 @@ class EmuProcessor(ProcessorMixin):
             text, media = self._read_documents(documents, num_frames)
         elif text is not None:
             text = [text] if isinstance(text, str) else list(text)
+            if not text:
+                raise ValueError("text: got an empty list, expected at least one text")
             media = self._read_media(text, images, videos, num_frames)
         elif images is not None and videos is None:
             rows = [images] if is_single_image(images) else images
@@ -474,8 +480,18 @@ class EmuProcessor(ProcessorMixin):
         else:
             raise ValueError("inputs: got no text, expected text or documents (or images alone, for pixel_values)")
 
-        merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        data: dict[str, Any] = {} if text is None else self._encode_text(text, media, merged_kwargs)
+        merged_kwargs = self._merge_kwargs(
+            ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        data: dict[str, Any] = {}
+        if text is not None:
+            expanded, offsets = self._expand_marks(text, media)
+            data.update(self.tokenizer(expanded, **merged_kwargs["text_kwargs"]))
+            self._check_rows(expanded, data["input_ids"])
+            if return_mm_token_type_ids:
+                data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+            if return_text_replacement_offsets:
+                data["text_replacement_offsets"] = offsets
         if pixels := [image for images_of_mark in media for image in images_of_mark]:
             data.update(self.image_processor(pixels, **merged_kwargs["images_kwargs"]))
         return BatchFeature(
@@ -523,31 +539,16 @@ class EmuProcessor(ProcessorMixin):
             for mark in marks
         ]
 
-    def _encode_text(
-        self, texts: list[str], media: list[list[Image.Image]], merged_kwargs: dict[str, dict[str, Any]]
-    ) -> dict[str, Any]:
-        """Put the slots in place of the marks, and encode; refuse rows that are cut or too long."""
+    def _expand_marks(self, texts: list[str], media: list[list[Image.Image]]) -> tuple[list[str], list[list[dict]]]:
+        """Put `[IMG]`, slots and `[/IMG]` in place of the marks, once per image of each; with the places in the text."""
         slots = self.replace_image_token({}, 0)
         marks = [mark for text in texts for mark in MEDIA_MARK.findall(text)]
-        expanded, offsets = self.get_text_with_replacements(
+        expanded = [slots * len(images) for images in media]
+        return self.get_text_with_replacements(
             list(texts),
-            images_replacements=[slots for mark in marks if mark == IMAGE_TOKEN],
-            videos_replacements=[
-                slots * len(frames) for mark, frames in zip(marks, media, strict=True) if mark == VIDEO_TOKEN
-            ],
+            images_replacements=[text for mark, text in zip(marks, expanded, strict=True) if mark == IMAGE_TOKEN],
+            videos_replacements=[text for mark, text in zip(marks, expanded, strict=True) if mark == VIDEO_TOKEN],
         )
-        text_kwargs = dict(merged_kwargs["text_kwargs"])
-        returned = {
-            name: text_kwargs.pop(name, merged_kwargs[name])
-            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
-        }
-        encoding = self.tokenizer(expanded, **text_kwargs)
-        self._check_rows(expanded, encoding["input_ids"])
-        if returned["return_text_replacement_offsets"]:
-            encoding["text_replacement_offsets"] = offsets
-        if returned["return_mm_token_type_ids"]:
-            encoding["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])
-        return dict(encoding)
 
     def _check_rows(self, texts: list[str], input_ids: Any) -> None:
         """Refuse a row whose images truncation has cut, and one that the language model cannot read whole."""
@@ -581,6 +582,15 @@ class EmuProcessor(ProcessorMixin):
                 f"text part {text[:80]!r}: got special tokens {typed}, expected plain text (raw `text=` and chat "
                 f"templates may contain them)"
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "EmuProcessor":
+        """Load from a folder or the Hub; see `ProcessorMixin.from_pretrained`.
+
+        No code of the repository runs, nor is it asked for, unless `trust_remote_code` is passed: this class is all
+        that is needed.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False, **kwargs})
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What the tokenizer reads in place of an image's mark; the same for every image."""

@@ -220,6 +220,7 @@ def test_token_types_on_request(processor):
         (dict(text="<image>", videos=[[make_image()]]), r"images: got 0, expected 1"),
         (dict(text=EXPANDED, images=[make_image()]), r"row 0: got '\[IMG\]<image>', expected one bare <image>"),
         (dict(text="[IMG] <video>", videos=[[make_image()]]), r"row 0: got '\[IMG\] <video>'"),
+        (dict(text=[]), r"text: got an empty list"),
         (dict(text=[5]), r"text of row 0: got int, expected str"),
         (dict(), r"inputs: got no text"),
         (dict(videos=[[make_image()]]), r"inputs: got no text"),
@@ -790,6 +791,26 @@ def test_saving_keeps_everything(instruct, tmp_path):
     again.save_pretrained(tmp_path / "second")
     for name in ("processor_config.json", "chat_template.jinja", "tokenizer.json", "processing_emu.py"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_loading_by_its_own_class_asks_for_no_trust(instruct, tmp_path, monkeypatch):
+    instruct.save_pretrained(tmp_path)
+    config = make_config()
+    config.auto_map = {"AutoConfig": "configuration_emu.EmuConfig"}
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for trust"))
+    assert EmuProcessor.from_pretrained(tmp_path)(text="a red dog.")["input_ids"] == [[BOS, *RED_DOG]]
+
+
+def test_the_calls_of_lmms_eval(instruct):
+    messages = [[user(make_image(), "what?")], [user("why?")]]
+    prompts = instruct.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    got = instruct(text=prompts, images=[make_image()], videos=[], audios=[], padding=True, return_tensors="pt")
+    kwargs = dict(tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=dict(padding=True))
+    expected = instruct.apply_chat_template(messages, add_generation_prompt=True, **kwargs)
+    assert set(got) == set(expected)
+    for name in expected:
+        assert torch.equal(got[name], expected[name])
 
 
 def test_auto_classes_in_a_fresh_interpreter(instruct, tmp_path):
