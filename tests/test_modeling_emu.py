@@ -410,3 +410,35 @@ def test_lora_touches_the_named_modules_only():
     batch = make_batch([ROWS[0]], num_images=1)
     adapted(**batch, labels=make_labels(batch)).loss.backward()
     assert all(p.grad.any() for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_layers_kept_on_disk_change_nothing(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    device_map = {
+        "model.vision_model": "disk",
+        "model.causal_former": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.layers.0": "cpu",
+        "model.language_model.layers.1": "disk",
+        "model.language_model.norm": "cpu",
+        "model.language_model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+        "regression_head": "disk",
+    }
+    offloaded = EmuForMultimodalGeneration.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert offloaded.regression_head.weight.device.type == "meta"
+    batch = make_batch([[BOS, *image_ids(), 5], [BOS, 6]], num_images=1)
+    for mode in ("image", "interleaved"):
+        options = {} if mode == "image" else {"max_new_tokens": 12, "sequence_bias": {(START,): 6.0}}
+        got = offloaded.generate(**batch, generation_mode=mode, **options)
+        expected = model.generate(**batch, generation_mode=mode, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        assert_close(got.image_embeds, expected.image_embeds, atol=1e-6, rtol=1e-5)
+
+
+def test_a_module_that_may_not_be_split_is_named():
+    names = {"Blip2EncoderLayer", "EmuCausalFormerLayer", "LlamaDecoderLayer"}
+    assert names <= set(make_model()._no_split_modules)

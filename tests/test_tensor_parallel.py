@@ -1,0 +1,35 @@
+"""Two processes that share one model give what one process gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import BOS, image_ids, make_batch, make_model
+from torch.testing import assert_close
+
+
+def test_two_processes_equal_one(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    batch = make_batch([[BOS, *image_ids(), 5, 6], [BOS, 7]], num_images=1)
+    torch.save(batch, tmp_path / "inputs.pt")
+    script = Path(__file__).with_name("tensor_parallel_run.py")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *arguments],
+        env=os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
+    assert any(name.endswith("self_attn.q_proj.weight") for name in outputs["sharded"])
+    assert {"lm_head.weight", "regression_head.weight"} <= set(outputs["sharded"])
+    # sums over two halves of a layer, in another order
+    assert_close(
+        outputs["image_embeds"], model.generate(**batch, generation_mode="image").image_embeds, atol=1e-4, rtol=1e-4
+    )
+    assert outputs["ids"].tolist() == model.generate(**batch, max_new_tokens=6).tolist()
