@@ -587,10 +587,11 @@ class EmuProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "EmuProcessor":
         """Load from a folder or the Hub; see `ProcessorMixin.from_pretrained`.
 
-        No code of the repository runs, nor is it asked for, unless `trust_remote_code` is passed: this class is all
-        that is needed.
+        This class is all the code that is needed: none of the repository's runs, nor is it asked for, unless
+        `trust_remote_code` is passed.
         """
-        return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False, **kwargs})
+        kwargs.setdefault("trust_remote_code", False)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What the tokenizer reads in place of an image's mark; the same for every image."""
