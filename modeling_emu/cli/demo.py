@@ -62,7 +62,7 @@ def demo(
     with progress("Loading the model"):
         from .loading import UNTRAINED, find_model, load_pipeline, seed_everything
 
-        pipeline = load_pipeline(find_model(model, with_decoder=True))
+        pipeline: Any = load_pipeline(find_model(model, with_decoder=True))
         generator = seed_everything(seed)
     emu, processor = pipeline.multimodal_encoder, pipeline.processor
     colour = random.Random(seed).choice(sorted(COLOURS))
@@ -70,7 +70,7 @@ def demo(
 
     def tell(title: str, document: list[dict[str, Any]]) -> None:
         text = continue_with_text(emu, processor, document, {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False})
-        typer.echo(f"{title:<24}{text!r}")
+        typer.echo(f"{title:<28}{text!r}")
 
     if emu.config.variant == UNTRAINED:
         typer.echo(
@@ -80,4 +80,4 @@ def demo(
     tell("text after the picture:", [{"type": "image", "image": picture}, {"type": "text", "text": "the image shows"}])
     drawn = pipeline([{"type": "text", "text": prompt}], num_inference_steps=NUM_STEPS, generator=generator).images[0]
     sheet = make_sheet({"given": picture, f"drawn after {prompt!r}": drawn})
-    typer.echo(f"{'pictures:':<24}{write_images([sheet], output)[0]}")
+    typer.echo(f"{'pictures:':<28}{write_images([sheet], output)[0]}")

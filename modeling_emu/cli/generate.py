@@ -126,11 +126,10 @@ def generate(
         return
 
     with progress("Loading the model"):
-        pipeline = load_pipeline(path, dtype, device)
+        pipeline: Any = load_pipeline(path, dtype, device)
     if mode == "image":
-        result = [
-            {"type": "image", "image": image} for image in pipeline(document, generator=generator, **options).images
-        ]
+        images = pipeline(document, generator=generator, **options).images
+        result = [{"type": "image", "image": image} for image in images]
     else:
         result = pipeline.generate_document(document, generator=generator, **options)
     print_document(result, folder)

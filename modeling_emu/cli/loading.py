@@ -3,6 +3,8 @@
 A repository's copy of the code is never run, so no trust has to be asked for.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,31 +101,41 @@ def load_model(
     return model.eval(), EmuProcessor.from_args_and_dict(parts, settings)
 
 
+@contextmanager
+def without_hints() -> Iterator[None]:
+    """Silence transformers while libraries are imported: what torchvision would be for does not concern Emu."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuPipeline":
     """Load a folder's Emu, processor and visual decoder as one pipeline, all in the same dtype and on one device."""
-    import diffusers
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-    from transformers import CLIPImageProcessor
+    with without_hints():
+        import diffusers
+        from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+        from transformers import CLIPImageProcessorPil
 
-    from ..pipeline_emu import EmuPipeline
+        from ..pipeline_emu import EmuPipeline
 
     model, processor = load_model(folder, dtype, device)
     index = EmuPipeline.load_config(folder)
-    networks = {
-        "unet": diffusers.UNet2DConditionModel,
-        "vae": diffusers.AutoencoderKL,
+    classes = {
+        "unet": getattr(diffusers, index["unet"][1]),
+        "vae": getattr(diffusers, index["vae"][1]),
         "safety_checker": StableDiffusionSafetyChecker,
     }
-    components: dict[str, Any] = {
-        name: network.from_pretrained(folder / name, torch_dtype=model.dtype).to(model.device)
-        if (folder / name).is_dir()
-        else None
-        for name, network in networks.items()
-    }
+    components: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor"))
+    for name, network in classes.items():
+        if (folder / name).is_dir():
+            loaded = network.from_pretrained(folder / name, torch_dtype=model.dtype)
+            components[name] = loaded.to(model.device).eval()
     components["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-    components["feature_extractor"] = (
-        CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
-        if (folder / "feature_extractor").is_dir()
-        else None
-    )
+    if (folder / "feature_extractor").is_dir():
+        components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
     return EmuPipeline(multimodal_encoder=model, processor=processor, **components)

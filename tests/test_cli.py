@@ -1,0 +1,283 @@
+"""The `emu` command on real files, with the small model that comes with the package."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from modeling_emu.cli import app
+from modeling_emu.cli.demo import make_sheet
+from modeling_emu.cli.documents import read_document, write_images
+from modeling_emu.cli.generate import select_options
+from modeling_emu.cli.info import compute_cache_bytes, compute_memory, count_parameters, smallest_card_gb
+from modeling_emu.cli.loading import EMU_TINY, find_model, load_model
+
+
+SECONDS_TO_HELP = 0.5
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from modeling_emu.cli import main; main()"]
+
+
+@pytest.fixture
+def emu(tmp_path, monkeypatch):
+    """Run the command in an empty folder; it fails the test where the exit code is another than expected."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, exit_code=0):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == exit_code, result.output + repr(result.exception)
+        return result
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """An MP4 of 12 frames, written by a real encoder."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=6)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(12):
+            pixels = np.full((48, 64, 3), 20 * index, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def encoder_only(tmp_path):
+    """A model folder without the visual decoder."""
+    folder = tmp_path / "encoder-only"
+    ignored = shutil.ignore_patterns("unet", "vae", "scheduler", "model_index.json")
+    return shutil.copytree(EMU_TINY, folder, ignore=ignored)
+
+
+def test_help_is_quick():
+    """The best of several runs of the whole command."""
+    durations_s = []
+    for _ in range(5):
+        start = time.perf_counter()
+        output = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
+        durations_s.append(time.perf_counter() - start)
+    assert "generate" in output
+    assert min(durations_s) < SECONDS_TO_HELP
+
+
+def test_text_is_printed_to_stdout_alone(picture, tmp_path):
+    """A real process: what a shell would pipe on is the text, and nothing else."""
+    command = [*COMMAND, "generate", str(picture), "the image shows", "--max-new-tokens", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    model, processor = load_model(EMU_TINY)
+    document = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "the image shows"}]
+    inputs = processor(documents=[document], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=3)
+    expected = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+    assert result.stdout == expected + "\n"
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp", ".gif", ".bmp", ".tif"])
+def test_images_of_every_format_are_read(emu, tmp_path, suffix):
+    path = tmp_path / f"picture{suffix}"
+    Image.effect_noise((30, 20), 80).convert("L" if suffix == ".gif" else "RGB").save(path)
+    emu("generate", path, "a text", "--max-new-tokens", 2)
+
+
+def test_a_video_is_read(emu, clip):
+    emu("generate", clip, "the video shows", "--max-new-tokens", 2)
+
+
+def test_seed_makes_sampling_repeatable(emu):
+    def sample(seed):
+        return emu("generate", "a text", "--temperature", 1.5, "--max-new-tokens", 12, "--seed", seed).stdout
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_images_are_drawn_and_numbered_on(emu, tmp_path):
+    arguments = ("generate", "--mode", "image", "a text", "--steps", 2, "--seed", 3, "--output", "drawn")
+    first, second = emu(*arguments).stdout.strip(), emu(*arguments).stdout.strip()
+    assert (first, second) == ("drawn/image_0.png", "drawn/image_1.png")
+    one, two = (np.asarray(Image.open(tmp_path / path)) for path in (first, second))
+    np.testing.assert_array_equal(one, two)
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["image_0.png", "image_1.png"]
+
+
+def test_decoder_options_arrive(emu, tmp_path, picture):
+    output = emu(
+        "generate", "--mode", "image", picture, "a text", "--steps", 2, "--height", 64, "--width", 96,
+        "--num-images", 2, "--guidance-scale", 3, "--negative-prompt", "blurred",
+    ).stdout  # fmt: skip
+    assert output.split() == ["outputs/image_0.png", "outputs/image_1.png"]
+    for path in output.split():
+        assert Image.open(tmp_path / path).size == (96, 64)
+
+
+def test_interleaved_prints_texts_and_paths_in_order(emu, tmp_path):
+    output = emu("generate", "--mode", "interleaved", "a text", "--max-new-tokens", 20, "--seed", 1).stdout
+    assert output.strip()
+    assert all(
+        (tmp_path / line).is_file() for line in output.splitlines() if re.fullmatch(r"outputs/image_\d+\.png", line)
+    )
+
+
+def test_demo_says_that_its_model_is_untrained_and_writes_one_sheet(emu, tmp_path):
+    output = emu("demo", "--output", "shown").stdout
+    assert "UNTRAINED" in output
+    assert "shown/image_0.png" in output
+    assert [path.name for path in (tmp_path / "shown").iterdir()] == ["image_0.png"]
+    assert emu("demo", "--output", "again").stdout.replace("again", "shown") == output
+
+
+def test_a_folder_without_decoder_gives_text_but_no_images(emu, encoder_only):
+    emu("generate", "--model", encoder_only, "a text", "--max-new-tokens", 2)
+    result = emu("generate", "--model", encoder_only, "--mode", "image", "a text", exit_code=2)
+    assert "no visual decoder" in result.stderr
+
+
+def test_model_folder_with_its_own_code_runs_none_of_it(emu, tmp_path):
+    folder = shutil.copytree(EMU_TINY, tmp_path / "with-code")
+    for name in ("modeling_emu", "processing_emu", "pipeline_emu", "configuration_emu"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('this code was run')\n")
+    emu("generate", "--model", folder, "a text", "--max-new-tokens", 2)
+    emu("generate", "--model", folder, "--mode", "image", "a text", "--steps", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png"], "'missing.png', expected an existing file"),
+        (["missing.MP4"], "'missing.MP4', expected an existing file"),
+        ([" "], "got an empty text"),
+        (["notes.txt"], "got the file 'notes.txt'"),
+        (["broken.png"], "broken.png"),
+        (["empty.jpg"], "empty.jpg"),
+        (["broken.mp4"], "broken.mp4"),
+        (["a", "--model", "no/such/folder"], "expected an existing folder or a Hub id"),
+        (["a", "--model", "."], "config.json"),
+        (
+            ["a", "--steps", "3"],
+            "--steps: got 3 with --mode text, expected it with --mode image or --mode interleaved",
+        ),
+        (["a", "--mode", "image", "--top-p", "0.5"], "--top-p: got 0.5 with --mode image"),
+        (["a", "--device", "abacus"], "--device: got 'abacus'"),
+        (["a", "--mode", "image", "--output", "notes.txt"], "got the file 'notes.txt', expected a folder"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(emu, tmp_path, arguments, message):
+    (tmp_path / "notes.txt").write_text("a note")
+    for name in ("broken.png", "broken.mp4"):
+        (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / "empty.jpg").touch()
+    before = sorted(tmp_path.iterdir())
+    result = emu("generate", *arguments, exit_code=2)
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("emu: ")
+    assert message in last_line
+    assert "Traceback" not in result.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_traceback_on_request(emu, monkeypatch):
+    monkeypatch.setenv("EMU_TRACEBACK", "1")
+    result = emu("generate", "missing.png", exit_code=1)
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_document_keeps_the_order_of_arguments(picture):
+    assert read_document(["one", str(picture), "a.b two"]) == [
+        {"type": "text", "text": "one"},
+        {"type": "image", "image": str(picture)},
+        {"type": "text", "text": "a.b two"},
+    ]
+
+
+def test_sampling_options_turn_sampling_on():
+    assert select_options("text", {"temperature": 0.7, "top_k": None}) == {
+        "max_new_tokens": 64,
+        "temperature": 0.7,
+        "do_sample": True,
+    }
+    assert select_options("text", {"temperature": 0.0}) == {"max_new_tokens": 64, "do_sample": False}
+    assert "do_sample" not in select_options("text", {"num_beams": 5})
+
+
+def test_images_are_written_all_or_none(tmp_path):
+    class Unwritable(Image.Image):
+        def save(self, *args, **kwargs):
+            raise OSError("disk full")
+
+    images = [Image.new("RGB", (4, 4)), Unwritable()]
+    with pytest.raises(OSError, match="disk full"):
+        write_images(images, tmp_path / "drawn")
+    assert not (tmp_path / "drawn").exists()
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "image_6.png").touch()
+    assert [path.name for path in write_images(images[:1], tmp_path / "drawn")] == ["image_7.png"]
+
+
+def test_sheet_holds_all_pictures():
+    sheet = np.asarray(make_sheet({"red": Image.new("RGB", (8, 8), "red"), "blue": Image.new("L", (5, 9), 0)}))
+    assert ((sheet == (255, 0, 0)).all(-1)).sum() == 224 * 224
+    assert ((sheet == (0, 0, 0)).all(-1)).sum() == 224 * 224
+
+
+def test_info_counts_what_the_networks_have(emu):
+    model, _ = load_model(EMU_TINY)
+    parts = count_parameters(EMU_TINY)
+    encoder = [parts[name].num_parameters for name in parts if name not in ("U-Net", "VAE", "safety checker")]
+    assert sum(encoder) == sum(parameter.numel() for parameter in model.parameters())
+    assert parts["language model"].num_quantisable == sum(
+        module.weight.numel()
+        for name, module in model.model.language_model.named_modules()
+        if type(module).__name__ == "Linear"
+    )
+    output = emu("info", EMU_TINY).stdout
+    assert "untrained" in output
+    assert f"{parts['U-Net'].num_parameters:,}" in output
+
+
+def test_info_of_a_folder_without_weights_is_an_error(emu, encoder_only):
+    for path in encoder_only.glob("*.safetensors"):
+        path.unlink()
+    assert "expected at least one" in emu("info", encoder_only, exit_code=2).stderr
+
+
+def test_memory_of_the_published_sizes():
+    """13.0 B parameters of LLaMA-1 13B, of which 12.7 B are in linear layers; figures by hand."""
+    from modeling_emu import EmuConfig
+    from modeling_emu.cli.info import PartSize
+
+    memory = compute_memory({"language model": PartSize(1000, 640), "heads": PartSize(24)})
+    assert memory == {"float32": 4096, "bfloat16": 2048, "int8": 2 * 384 + 640, "nf4": 2 * 384 + 360}
+    text_config = EmuConfig().text_config
+    assert compute_cache_bytes(text_config) == 2 * 40 * 40 * 128 * 2048 * 2
+    assert smallest_card_gb(int(7.2e9)) == 8
+    assert smallest_card_gb(int(7.3e9)) == 12
+    assert smallest_card_gb(int(1e12)) is None
+
+
+def test_find_model_prefers_a_folder(tmp_path):
+    assert find_model(None, with_decoder=True) == EMU_TINY
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    assert find_model(str(tmp_path), with_decoder=False) == tmp_path
