@@ -11,14 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The visual decoder's folder: its weights become safetensors, its configurations are copied as they are."""
+"""The visual decoder's folder: its weights become safetensors, its configurations are copied as they are.
 
-import json
+Beside it goes `model_index.json`, by which diffusers finds the decoder and, at the root, the multimodal encoder.
+"""
+
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -27,6 +30,8 @@ from transformers import CLIPConfig
 from conversion.checkpoint import Checkpoint, check_finite, meta_tensors, open_checkpoint, write_safetensors
 from conversion.key_table import list_keys
 from conversion.sizes import read_field, read_json
+from conversion.weights import write_json
+from modeling_emu.pipeline_emu import make_model_index
 
 
 UNET_WEIGHTS = "diffusion_pytorch_model"
@@ -145,7 +150,25 @@ def convert_decoder(source: Path, output: Path, components: list[str], dtype: to
             component = open_component(source, name)
             files += component.files
             write_component(output, name, component.tensors, dtype)
+    write_model_index(output, components)
     return files
+
+
+def write_model_index(output: Path, components: list[str]) -> None:
+    """Name the classes that diffusers loads a repository's components by."""
+    scheduler_file = output / "scheduler" / CONFIGURED["scheduler"]
+    classes: dict[str, tuple[str | None, str | None]] = {
+        "multimodal_encoder": ("transformers", "EmuForMultimodalGeneration"),
+        "processor": ("transformers", "EmuProcessor"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "scheduler": ("diffusers", read_field(read_json(scheduler_file), "_class_name", scheduler_file)),
+        "safety_checker": ("stable_diffusion", "StableDiffusionSafetyChecker"),
+        "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    }
+    classes |= dict.fromkeys((name for name in OPTIONAL if name not in components), (None, None))
+    version = {"_diffusers_version": diffusers.__version__}
+    write_json(output / "model_index.json", version | make_model_index(classes))
 
 
 def write_component(
@@ -184,6 +207,5 @@ def renew_condition(output: Path, condition_size: int, seed: int) -> list[str]:
     weight_file.unlink()  # what is mapped stays readable
     write_component(output, "unet", tensors)
     config_file = output / "unet" / "config.json"
-    config = read_json(config_file) | {"cross_attention_dim": condition_size}
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(config_file, read_json(config_file) | {"cross_attention_dim": condition_size})
     return new

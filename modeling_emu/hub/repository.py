@@ -109,6 +109,8 @@ def find_code_problems(folder: Path) -> list[str]:
                 problems.append(f"no {', '.join(sorted(absent))} in the auto_map of config.json")
     files = {f"{reference.split('--')[-1].partition('.')[0]}.py" for reference in references}
     files |= {file.name for file in folder.glob("*.py")}
+    if (folder / "model_index.json").is_file():
+        files.add("pipeline_emu.py")
     for name in sorted(files):
         if not (folder / name).is_file():
             problems.append(f"no {name}")
@@ -146,7 +148,7 @@ def find_weight_problems(folder: Path, stem: str) -> list[str]:
 
 
 def find_decoder_problems(folder: Path) -> list[str]:
-    """Components of `model_index.json` that have no folder or no weights."""
+    """Components of `model_index.json` that lack their configuration or their weights."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     problems = []
     for name, stem in (
@@ -157,8 +159,9 @@ def find_decoder_problems(folder: Path) -> list[str]:
         if index.get(name, [None])[0] is not None:
             problems += [] if (folder / name / "config.json").is_file() else [f"no {name}/config.json"]
             problems += find_weight_problems(folder / name, stem)
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        problems.append("no scheduler/scheduler_config.json")
+    for name, file in (("scheduler", "scheduler_config.json"), ("feature_extractor", "preprocessor_config.json")):
+        if index.get(name, [None])[0] is not None and not (folder / name / file).is_file():
+            problems.append(f"no {name}/{file}")
     return problems
 
 
