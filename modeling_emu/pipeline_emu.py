@@ -98,13 +98,8 @@ class EmuHubProcessor(transformers.ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str, **kwargs: Any) -> EmuProcessor:
-        """The processor of a repository, part by part: an auto class would ask for trust, which is not handed on."""
-        parts = (
-            transformers.CLIPImageProcessorPil.from_pretrained(folder),
-            transformers.PreTrainedTokenizerFast.from_pretrained(folder),
-        )
-        settings, _ = EmuProcessor.get_processor_dict(folder)
-        return EmuProcessor.from_args_and_dict(list(parts), settings)
+        """The processor of a repository."""
+        return EmuProcessor.from_pretrained(folder, **kwargs)
 
 
 transformers.EmuHubModel = EmuHubModel
@@ -378,8 +373,7 @@ class EmuPipeline(DiffusionPipeline):
             logger.warning("These are weights of Emu-I, which was not trained to make images: expect poor ones.")
             self._has_warned_of_variant = True
         inputs = self._prepare_encoder_inputs([trim_document(document) for document in documents])
-        outputs: EmuGenerateOutput = self.multimodal_encoder.generate(**inputs, generation_mode="image")
-        return outputs.image_embeds
+        return self.multimodal_encoder.generate(**inputs, generation_mode="image").image_embeds
 
     def get_null_embeds(self) -> torch.Tensor:
         """What the encoder regresses for the empty prompt, `(1, N, D)`.
@@ -714,6 +708,7 @@ class EmuPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """`model_index.json`, naming this file's pipeline and the stand-ins of the components at the root."""
         index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)  # a folder of this machine
         components = {name: value for name, value in index.items() if isinstance(value, list) and name[0] != "_"}
         return json.dumps(index | make_model_index(components), indent=2, sort_keys=True) + "\n"
 

@@ -133,7 +133,8 @@ class GoldenRun:
 
     def run_image_embeds(self) -> None:
         for number, entry in enumerate(self.json["generate_image"]):
-            texts = [entry["prompt"].replace(entry["image_token"], "<image>"), entry["negative_prompt"]]
+            prompt = entry["prompt"].replace(entry["image_token"], "<image>")
+            texts = [prompt + "[IMG]", entry["negative_prompt"] + "[IMG]"]  # as text: it takes white space before it
             images = [[self.images[index] for index in entry["images"]], []]
             inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
             embeds = self.model.generate(**inputs, generation_mode="image").image_embeds
