@@ -83,27 +83,9 @@ def seed_everything(seed: int | None) -> "torch.Generator | None":
     return torch.Generator().manual_seed(seed)
 
 
-def load_model(
-    folder: Path, dtype: str = "auto", device: str = "auto"
-) -> tuple["EmuForMultimodalGeneration", "EmuProcessor"]:
-    """Load the Emu of a folder and its processor, ready to generate."""
-    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    from ..modeling_emu import EmuForMultimodalGeneration
-    from ..processing_emu import EmuProcessor
-
-    logging.disable_progress_bar()
-    model = EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)})
-    # Part by part: `EmuProcessor.from_pretrained` asks for trust, since its tokenizer's loader reads config.json.
-    parts = [CLIPImageProcessorPil.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)]
-    settings, _ = EmuProcessor.get_processor_dict(folder)
-    return model.eval(), EmuProcessor.from_args_and_dict(parts, settings)
-
-
 @contextmanager
 def without_hints() -> Iterator[None]:
-    """Silence transformers while libraries are imported: what torchvision would be for does not concern Emu."""
+    """Silence what transformers says of torchvision, which Emu has no use for, and of model types that it lacks."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -112,6 +94,22 @@ def without_hints() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def load_model(
+    folder: Path, dtype: str = "auto", device: str = "auto"
+) -> tuple["EmuForMultimodalGeneration", "EmuProcessor"]:
+    """Load the Emu of a folder and its processor, ready to generate."""
+    from transformers.utils import logging
+
+    from ..modeling_emu import EmuForMultimodalGeneration
+    from ..processing_emu import EmuProcessor
+
+    logging.disable_progress_bar()
+    model = EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)})
+    with without_hints():
+        processor = EmuProcessor.from_pretrained(folder)
+    return model.eval(), processor
 
 
 def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuPipeline":
