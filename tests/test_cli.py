@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from modeling_emu.cli import app
 from modeling_emu.cli.demo import make_sheet
 from modeling_emu.cli.documents import read_document, write_images
-from modeling_emu.cli.generate import select_options
+from modeling_emu.cli.generate import print_document, select_options
 from modeling_emu.cli.info import compute_cache_bytes, compute_memory, count_parameters, smallest_card_gb
 from modeling_emu.cli.loading import EMU_TINY, find_model, load_model
 
@@ -234,6 +234,16 @@ def test_images_are_written_all_or_none(tmp_path):
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "image_6.png").touch()
     assert [path.name for path in write_images(images[:1], tmp_path / "drawn")] == ["image_7.png"]
+
+
+def test_pictures_that_the_safety_checker_made_black_are_said(tmp_path, capsys):
+    parts = [
+        {"type": "image", "image": Image.new("RGB", (4, 4)), "nsfw_content_detected": flag} for flag in (True, False)
+    ]
+    print_document([{"type": "text", "text": " a text "}, *parts], tmp_path)
+    captured = capsys.readouterr()
+    assert captured.err == "The safety checker made 1 of the pictures black.\n"
+    assert captured.out.splitlines() == ["a text", str(tmp_path / "image_0.png"), str(tmp_path / "image_1.png")]
 
 
 def test_sheet_holds_all_pictures():

@@ -128,8 +128,12 @@ def generate(
     with progress("Loading the model"):
         pipeline: Any = load_pipeline(path, dtype, device)
     if mode == "image":
-        images = pipeline(document, generator=generator, **options).images
-        result = [{"type": "image", "image": image} for image in images]
+        drawn = pipeline(document, generator=generator, **options)
+        flags = drawn.nsfw_content_detected or [False] * len(drawn.images)
+        result = [
+            {"type": "image", "image": image, "nsfw_content_detected": flag}
+            for image, flag in zip(drawn.images, flags, strict=True)
+        ]
     else:
         result = pipeline.generate_document(document, generator=generator, **options)
     print_document(result, folder)
@@ -178,6 +182,8 @@ def continue_with_text(
 
 def print_document(document: list[dict[str, Any]], folder: Path) -> None:
     """Write the images of a document, then print its texts and the paths of its images, in order."""
+    if num_blacked := sum(part.get("nsfw_content_detected", False) for part in document):
+        typer.echo(f"The safety checker made {num_blacked} of the pictures black.", err=True)
     paths = iter(write_images([part["image"] for part in document if part["type"] == "image"], folder))
     for part in document:
         typer.echo(part["text"].strip() if part["type"] == "text" else next(paths))
