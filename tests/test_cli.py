@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loopback_hub import LoopbackHub
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -155,6 +156,31 @@ def test_a_folder_without_decoder_gives_text_but_no_images(emu, encoder_only):
     assert "no visual decoder" in result.stderr
 
 
+def test_a_model_of_the_hub_is_downloaded_as_far_as_needed(tmp_path):
+    """Text needs no decoder, a picture does; code and unknown repositories are left alone."""
+    repository = shutil.copytree(EMU_TINY, tmp_path / "hub" / "org" / "emu")
+    (repository / "modeling_emu.py").write_text("raise RuntimeError('this code was run')\n")
+    with LoopbackHub(tmp_path / "hub") as hub:
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint}
+
+        def run(*arguments: str) -> subprocess.CompletedProcess:
+            command = [*COMMAND, "generate", "a text", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+
+        assert run("--model", "org/emu", "--max-new-tokens", "2").returncode == 0
+        files = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
+        assert "model.safetensors" in files
+        assert files.isdisjoint({"unet", "vae", "modeling_emu.py"})
+
+        assert run("--model", "org/emu", "--mode", "image", "--steps", "1").stdout == "outputs/image_0.png\n"
+
+        unknown = run("--model", "org/nothing")
+    assert unknown.returncode == 2
+    assert "org/nothing" in unknown.stderr.splitlines()[-1]
+    assert "Traceback" not in unknown.stderr
+
+
 def test_model_folder_with_its_own_code_runs_none_of_it(emu, tmp_path):
     folder = shutil.copytree(EMU_TINY, tmp_path / "with-code")
     for name in ("modeling_emu", "processing_emu", "pipeline_emu", "configuration_emu"):
@@ -180,6 +206,8 @@ def test_model_folder_with_its_own_code_runs_none_of_it(emu, tmp_path):
             "--steps: got 3 with --mode text, expected it with --mode image or --mode interleaved",
         ),
         (["a", "--mode", "image", "--top-p", "0.5"], "--top-p: got 0.5 with --mode image"),
+        (["a " * 2500], "expected at most 2048, the context of the language model"),
+        (["[IMG]"], "got special tokens ['[IMG]']"),
         (["a", "--device", "abacus"], "--device: got 'abacus'"),
         (["a", "--mode", "image", "--output", "notes.txt"], "got the file 'notes.txt', expected a folder"),
     ],
