@@ -202,7 +202,7 @@ class EmuCausalFormer(PreTrainedModel):
     def compute_position_bias(self) -> torch.Tensor:
         """`(1, H, N, N)`: the learned bias of each distance, minus infinity where the key is ahead of the query."""
         num_queries = self.config.num_image_tokens
-        device = self.relative_attention_bias.weight.device
+        device = self.queries.device
         buckets = compute_position_buckets(
             num_queries, self.config.num_position_buckets, self.config.max_position_distance, device
         )

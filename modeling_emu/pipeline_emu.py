@@ -98,8 +98,13 @@ class EmuHubProcessor(transformers.ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str, **kwargs: Any) -> EmuProcessor:
-        """The processor of a repository."""
-        return EmuProcessor.from_pretrained(folder, **kwargs)
+        """The processor of a repository, part by part: for an auto class, the folder's code would have to be trusted."""
+        parts = [
+            transformers.CLIPImageProcessorPil.from_pretrained(folder),
+            transformers.PreTrainedTokenizerFast.from_pretrained(folder),
+        ]
+        settings, _ = EmuProcessor.get_processor_dict(folder)
+        return EmuProcessor.from_args_and_dict(parts, settings)
 
 
 transformers.EmuHubModel = EmuHubModel
@@ -301,9 +306,10 @@ class EmuPipeline(DiffusionPipeline):
             raise ValueError("prompt: got both or none of prompt and prompt_embeds, expected one of them")
         if negative_documents is not None and negative_prompt_embeds is not None:
             raise ValueError("negative_prompt: got it beside negative_prompt_embeds, expected one of them")
+        needs_null_embeds = self.do_classifier_free_guidance and negative_prompt_embeds is None
         if documents is not None:
             self._check_can_encode("prompt")
-        elif self.do_classifier_free_guidance and negative_prompt_embeds is None:
+        elif needs_null_embeds:
             self._check_can_encode("guidance, but no negative_prompt_embeds")
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         shapes = {name: tuple(given.shape) for name, given in embeds.items() if given is not None}
@@ -311,8 +317,11 @@ class EmuPipeline(DiffusionPipeline):
         for name, shape in shapes.items():
             if len(shape) != 3 or shape[-1] != width:
                 raise ValueError(f"{name}: got {shape}, expected (num_prompts, num_image_tokens, {width})")
-        if len({shape[1] for shape in shapes.values()}) > 1:
-            raise ValueError(f"embeddings per prompt: got {shapes}, expected as many for both")
+        lengths = {name: shape[1] for name, shape in shapes.items()}
+        if documents is not None or needs_null_embeds:
+            lengths["multimodal_encoder"] = self.multimodal_encoder.config.num_image_tokens
+        if self.do_classifier_free_guidance and len(set(lengths.values())) > 1:
+            raise ValueError(f"embeddings per prompt: got {lengths}, expected as many for both sides of the guidance")
 
         num_prompts = shapes["prompt_embeds"][0] if documents is None else len(documents)
         num_negative = shapes.get("negative_prompt_embeds", (1,))[0]
