@@ -20,7 +20,7 @@ from modeling_emu.cli.demo import make_sheet
 from modeling_emu.cli.documents import read_document, write_images
 from modeling_emu.cli.generate import print_document, select_options
 from modeling_emu.cli.info import compute_cache_bytes, compute_memory, count_parameters, smallest_card_gb
-from modeling_emu.cli.loading import EMU_TINY, find_model, load_model
+from modeling_emu.cli.loading import EMU_TINY, find_model, load_model, load_processor
 
 
 SECONDS_TO_HELP = 0.5
@@ -87,7 +87,7 @@ def test_text_is_printed_to_stdout_alone(picture, tmp_path):
     command = [*COMMAND, "generate", str(picture), "the image shows", "--max-new-tokens", "3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
-    model, processor = load_model(EMU_TINY)
+    model, processor = load_model(EMU_TINY), load_processor(EMU_TINY)
     document = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "the image shows"}]
     inputs = processor(documents=[document], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=3)
@@ -226,6 +226,14 @@ def test_errors_are_one_line_and_leave_nothing(emu, tmp_path, arguments, message
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_documents_are_read_before_weights(emu, encoder_only):
+    for path in encoder_only.glob("*.safetensors"):
+        path.write_bytes(b"no weights")
+    (encoder_only / "broken.png").touch()
+    assert "broken.png" in emu("generate", encoder_only / "broken.png", "-m", encoder_only, exit_code=2).stderr
+    assert "Traceback" not in emu("generate", "a text", "-m", encoder_only, exit_code=2).output
+
+
 def test_traceback_on_request(emu, monkeypatch):
     monkeypatch.setenv("EMU_TRACEBACK", "1")
     result = emu("generate", "missing.png", exit_code=1)
@@ -281,7 +289,7 @@ def test_sheet_holds_all_pictures():
 
 
 def test_info_counts_what_the_networks_have(emu):
-    model, _ = load_model(EMU_TINY)
+    model = load_model(EMU_TINY)
     parts = count_parameters(EMU_TINY)
     encoder = [parts[name].num_parameters for name in parts if name not in ("U-Net", "VAE", "safety checker")]
     assert sum(encoder) == sum(parameter.numel() for parameter in model.parameters())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .documents import check_output, write_images
-from .generate import continue_with_text
+from .generate import continue_with_text, encode_prompt
 from .reporting import progress, reports_errors
 
 
@@ -69,7 +69,8 @@ def demo(
     picture, prompt = draw_picture(colour), f"a {colour} disc"
 
     def tell(title: str, document: list[dict[str, Any]]) -> None:
-        text = continue_with_text(emu, processor, document, {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False})
+        options = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False}
+        text = continue_with_text(emu, processor, encode_prompt(processor, document), options)
         typer.echo(f"{title:<28}{text!r}")
 
     if emu.config.variant == UNTRAINED:

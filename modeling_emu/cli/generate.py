@@ -10,6 +10,8 @@ from .reporting import progress, reports_errors
 
 
 if TYPE_CHECKING:
+    from transformers import BatchFeature
+
     from ..modeling_emu import EmuForMultimodalGeneration
     from ..processing_emu import EmuProcessor
 
@@ -112,16 +114,19 @@ def generate(
     folder = options.pop("output", Path("outputs"))
     check_output(folder)
     document = read_document(parts)
-    with progress("Loading the libraries"):
-        from .loading import find_model, load_model, load_pipeline, seed_everything
+    with progress("Reading the document"):
+        from .loading import find_model, load_model, load_pipeline, load_processor, seed_everything
 
-    path = find_model(model, with_decoder=mode != "text")
+        path = find_model(model, with_decoder=mode != "text")
+        processor = load_processor(path)
+        # Before the weights are loaded: what cannot be read is said at once.
+        inputs = encode_prompt(processor, document) if mode == "text" else processor(documents=[document])
     generator = seed_everything(seed)
     if mode == "text":
         with progress("Loading the model"):
-            emu, processor = load_model(path, dtype, device)
+            emu = load_model(path, dtype, device)
         with progress("Generating"):
-            text = continue_with_text(emu, processor, document, options)
+            text = continue_with_text(emu, processor, inputs, options)
         typer.echo(text)
         return
 
@@ -161,21 +166,22 @@ def select_options(mode: str, given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def continue_with_text(
-    model: "EmuForMultimodalGeneration",
-    processor: "EmuProcessor",
-    document: list[dict[str, Any]],
-    options: dict[str, Any],
-) -> str:
-    """Continue a document with text, in the prompt form of the model's variant."""
-    inputs = processor.apply_chat_template(
+def encode_prompt(processor: "EmuProcessor", document: list[dict[str, Any]]) -> "BatchFeature":
+    """Encode a document in the prompt form of the processor's variant."""
+    return processor.apply_chat_template(
         [{"role": "user", "content": document}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-    ).to(model.device, model.dtype)
-    ids = model.generate(**inputs, **options)
+    )
+
+
+def continue_with_text(
+    model: "EmuForMultimodalGeneration", processor: "EmuProcessor", inputs: "BatchFeature", options: dict[str, Any]
+) -> str:
+    """Continue an encoded document with text."""
+    ids = model.generate(**inputs.to(model.device, model.dtype), **options)
     new_ids = ids[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(new_ids, skip_special_tokens=True)[0].strip()
 

@@ -96,20 +96,22 @@ def without_hints() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def load_model(
-    folder: Path, dtype: str = "auto", device: str = "auto"
-) -> tuple["EmuForMultimodalGeneration", "EmuProcessor"]:
-    """Load the Emu of a folder and its processor, ready to generate."""
+def load_processor(folder: Path) -> "EmuProcessor":
+    """Load the processor of a folder."""
+    with without_hints():
+        from ..processing_emu import EmuProcessor
+
+        return EmuProcessor.from_pretrained(folder)
+
+
+def load_model(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuForMultimodalGeneration":
+    """Load the Emu of a folder, ready to generate."""
     from transformers.utils import logging
 
     from ..modeling_emu import EmuForMultimodalGeneration
-    from ..processing_emu import EmuProcessor
 
     logging.disable_progress_bar()
-    model = EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)})
-    with without_hints():
-        processor = EmuProcessor.from_pretrained(folder)
-    return model.eval(), processor
+    return EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)}).eval()
 
 
 def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuPipeline":
@@ -121,7 +123,7 @@ def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "E
 
         from ..pipeline_emu import EmuPipeline
 
-    model, processor = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, device)
     index = EmuPipeline.load_config(folder)
     classes = {
         "unet": getattr(diffusers, index["unet"][1]),
@@ -136,4 +138,4 @@ def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "E
     components["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     if (folder / "feature_extractor").is_dir():
         components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
-    return EmuPipeline(multimodal_encoder=model, processor=processor, **components)
+    return EmuPipeline(multimodal_encoder=model, processor=load_processor(folder), **components)
