@@ -19,14 +19,17 @@ process. Pickles are read with torch's own restricted reader, which runs no code
 
 import hashlib
 import json
+import mmap
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 SAFETENSORS_DTYPES = {
@@ -34,9 +37,13 @@ SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+HEADER_LENGTH = struct.Struct("<Q")
 ZIP_MAGIC = b"PK\x03\x04"
-READ_BYTES = 1 << 20
 NUMBERS_AT_ONCE = 1 << 22
 
 
@@ -107,7 +114,8 @@ def read_torch(file: Path) -> dict[str, torch.Tensor]:
             f"torch.save has written since torch 1.6, or safetensors"
         )
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with FakeTensorMode():  # shapes, and where the bytes lie
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         raise ValueError(
@@ -125,20 +133,75 @@ def read_torch(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file}: got {type(content).__name__} without entries, expected a state dict of tensors")
     if others := sorted(str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)):
         raise ValueError(f"{file}: got entries that are no tensors ({', '.join(others)}), expected tensors only")
-    return dict(content)
+    places = {}
+    for name, tensor in content.items():
+        storage = tensor.untyped_storage()
+        start = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
+        places[name] = Place(tensor.dtype, tuple(tensor.shape), tensor.stride(), start)
+    return map_tensors(file, places)
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """Map a safetensors file, in the order in which the tensors lie in it.
 
     Raises:
-        ValueError: if it is empty, truncated or something else.
+        ValueError: if it is empty, truncated or something else, or holds a dtype that is no weight's.
     """
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.offset_keys()}
+        with safe_open(
+            file, framework="numpy"
+        ) as opened:  # checks the header, and that the file is as long as it says
+            found = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: got a file that cannot be read ({error}), expected whole safetensors") from error
+    dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+    if others := sorted(f"{name} {kind}" for name, (kind, _) in kinds.items() if kind not in dtypes):
+        raise ValueError(f"{file}: got {', '.join(others)}, expected {', '.join(dtypes)}")
+    with file.open("rb") as stream:
+        start = HEADER_LENGTH.size + HEADER_LENGTH.unpack(stream.read(HEADER_LENGTH.size))[0]
+    places = {}
+    for name, (kind, shape) in kinds.items():
+        meta = torch.empty(shape, dtype=dtypes[kind], device="meta")
+        places[name] = Place(meta.dtype, shape, meta.stride(), start)
+        start += meta.nbytes
+    return map_tensors(file, places)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file: `start` in bytes, `stride` in elements."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+
+def map_tensors(file: Path, places: Mapping[str, Place]) -> dict[str, torch.Tensor]:
+    """Tensors that read from a file as they are used, and that cannot be written to.
+
+    `torch.load(mmap=True)` maps the file writable and private, of which Linux grants no more than there is memory: a
+    checkpoint of 28 GB could not be opened on a machine of 24 GB.
+
+    Raises:
+        ValueError: if the file ends before a tensor does.
+    """
+    with file.open("rb") as stream:
+        memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    tensors = {}
+    for name, place in places.items():
+        count = 1 + sum((size - 1) * step for size, step in zip(place.shape, place.stride, strict=True))
+        if 0 in place.shape:
+            tensors[name] = torch.empty(place.shape, dtype=place.dtype)
+            continue
+        if place.start + count * place.dtype.itemsize > len(memory):
+            raise ValueError(f"{file}: got a file that ends within {name}, expected a whole one")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.start)
+        tensors[name] = flat.as_strided(place.shape, place.stride)
+    return tensors
 
 
 def meta_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,7 +247,7 @@ def write_safetensors(file: Path, layout: Mapping[str, torch.Tensor], build: Cal
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.write(HEADER_LENGTH.pack(len(encoded)) + encoded)
         for name in names:
             stream.write(to_bytes(build(name)).numpy().data)
 

@@ -23,7 +23,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from conversion.checkpoint import (
     NUMBERS_AT_ONCE,
-    SAFETENSORS_DTYPES,
     check_finite,
     meta_tensors,
     to_bytes,
@@ -68,7 +67,7 @@ def check_shapes(source: Mapping[str, torch.Tensor], plan: Plan, expected: Mappi
     problems = []
     for name, parts in plan.parts.items():
         keys = " + ".join(parts.values())
-        if wrong := [str(metas[key].dtype) for key in parts.values() if metas[key].dtype not in SAFETENSORS_DTYPES]:
+        if wrong := [str(metas[key].dtype) for key in parts.values() if not metas[key].dtype.is_floating_point]:
             problems.append(f"{keys} {', '.join(wrong)} instead of floating point")
             continue
         try:

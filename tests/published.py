@@ -59,9 +59,31 @@ class Sizes:
         return "decoder.lm.base_model.model." if self.lora_rank else "decoder.lm."
 
 
-def make_state_dict(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A random published state dict."""
-    s, shapes = sizes, {}
+PUBLISHED = Sizes(
+    width=1408,
+    head_width=88,
+    mlp_ratio=4.3637,
+    vision_layers=40,
+    image_size=224,
+    num_image_tokens=32,
+    former_size=768,
+    former_head=64,
+    former_heads=12,
+    former_layers=12,
+    former_mlp=3072,
+    num_buckets=32,
+    hidden_size=5120,
+    llama_heads=40,
+    llama_layers=40,
+    llama_mlp=13824,
+    num_tokens=32000,
+)
+
+
+def get_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Every key of a published state dict, in its order, with its shape."""
+    s = sizes
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, size: int) -> None:
         shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (size,)
@@ -127,11 +149,15 @@ def make_state_dict(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.floa
     linear(bias, s.num_buckets, s.former_heads)
     shapes["cformer.cformer.final_layer_norm.weight"] = (s.former_size,)
     linear("cformer.projection", s.hidden_size, s.former_size, bias=True)
+    return shapes
 
+
+def make_state_dict(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A random published state dict."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(shape, generator=generator) * 0.2 + ("norm" in name and name.endswith("weight"))).to(dtype)
-        for name, shape in shapes.items()
+        for name, shape in get_shapes(sizes).items()
     }
 
 
