@@ -46,8 +46,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_emu import EmuConfig
+from .documents_emu import prepare_documents
 from .modeling_emu import EmuForMultimodalGeneration
-from .processing_emu import EmuProcessor, prepare_documents
+from .processing_emu import EmuProcessor
 
 
 if TYPE_CHECKING:

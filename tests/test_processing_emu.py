@@ -21,16 +21,9 @@ from transformers.dynamic_module_utils import get_imports
 
 from conversion.tokenizer import add_emu_tokens, build_tokenizer
 from modeling_emu import EmuConfig, EmuForMultimodalGeneration
+from modeling_emu.documents_emu import get_frame_indices, load_image, load_video, prepare_documents
 from modeling_emu.generation_emu import EmuGenerateOutput
-from modeling_emu.processing_emu import (
-    IMAGE_SYSTEM_MESSAGE,
-    VIDEO_SYSTEM_MESSAGE,
-    EmuProcessor,
-    get_frame_indices,
-    load_image,
-    load_video,
-    prepare_documents,
-)
+from modeling_emu.processing_emu import IMAGE_SYSTEM_MESSAGE, VIDEO_SYSTEM_MESSAGE, EmuProcessor
 
 
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
@@ -589,7 +582,7 @@ def test_broken_videos_are_errors(tmp_path, processor):
 def test_only_the_wanted_frames_of_a_video_are_kept(tmp_path):
     path = write_video(tmp_path / "video.mkv", make_frames(200, 512))
     script = (
-        "import resource, sys; from modeling_emu.processing_emu import load_video;"
+        "import resource, sys; from modeling_emu.documents_emu import load_video;"
         "load_video(sys.argv[1], 1);"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; load_video(sys.argv[1], 8);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
