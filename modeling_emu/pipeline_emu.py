@@ -250,6 +250,11 @@ class EmuPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 
+    def _fill_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width as given, else the default."""
+        default_height, default_width = self.default_size
+        return default_height if height is None else height, default_width if width is None else width
+
     def check_inputs(
         self,
         documents: list[Document] | None,
@@ -540,7 +545,7 @@ class EmuPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        height, width = (given or default for given, default in zip((height, width), self.default_size, strict=True))
+        height, width = self._fill_size(height, width)
         documents = None if prompt is None else prepare_documents(prompt)
         negative_documents = None if negative_prompt is None else prepare_documents(negative_prompt)
         self._guidance_scale = guidance_scale
@@ -590,9 +595,7 @@ class EmuPipeline(DiffusionPipeline):
                     continue
                 latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
                 latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
-                noise_pred = self.unet(latent_model_input, t, encoder_hidden_states=prompt_embeds, return_dict=False)[
-                    0
-                ]
+                noise_pred = self.unet(latent_model_input, t, encoder_hidden_states=prompt_embeds).sample
                 if self.do_classifier_free_guidance:
                     noise_uncond, noise_cond = noise_pred.chunk(2)
                     noise_pred = noise_uncond + self.guidance_scale * (noise_cond - noise_uncond)
@@ -649,7 +652,7 @@ class EmuPipeline(DiffusionPipeline):
             max_new_tokens: ids to generate per document; an image takes N + 2. One that they cut short is left out,
                 with a warning.
             generator: of sampling and noise.
-            pictures_at_once: pictures that the U-Net draws in one batch.
+            pictures_at_once: pictures that the U-Net draws in one batch; their noise does not depend on it.
             generate_kwargs: of the encoder's `generate`: `max_images`, `do_sample`, `temperature`, `streamer`, ...
 
         The other arguments are those of `__call__`; the negative prompt is one for all pictures.
@@ -669,7 +672,7 @@ class EmuPipeline(DiffusionPipeline):
             raise ValueError(f"negative prompts: got {len(negative_documents)}, expected 1 for all pictures")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator: got {type(generator).__name__}, expected one torch.Generator")
-        height, width = (given or default for given, default in zip((height, width), self.default_size, strict=True))
+        height, width = self._fill_size(height, width)
         self._guidance_scale = guidance_scale
         self.check_inputs(
             documents,
@@ -694,6 +697,12 @@ class EmuPipeline(DiffusionPipeline):
         continuations = self.processor.decode_documents(outputs, prompt_length=inputs["input_ids"].shape[1])
 
         image_parts = [part for document in continuations for part in document if part["type"] == "image"]
+        noise = randn_tensor(
+            self._latents_shape(len(image_parts), height, width),
+            generator=generator,
+            device=self._execution_device,
+            dtype=self.unet.dtype,
+        )
         for first in range(0, len(image_parts), pictures_at_once):
             parts = image_parts[first : first + pictures_at_once]
             images, nsfw_content_detected = self(
@@ -706,12 +715,14 @@ class EmuPipeline(DiffusionPipeline):
                 guidance_scale=guidance_scale,
                 guidance_rescale=guidance_rescale,
                 generator=generator,
+                latents=noise[first : first + pictures_at_once],
                 return_dict=False,
             )
             for index, part in enumerate(parts):
                 part["image"] = images[index]
                 if nsfw_content_detected is not None:
                     part["nsfw_content_detected"] = nsfw_content_detected[index]
+        self.maybe_free_model_hooks()
         is_batch = isinstance(prompt, list | tuple) and all(isinstance(entry, list | tuple) for entry in prompt)
         return continuations if is_batch else continuations[0]
 

@@ -32,7 +32,7 @@ from torch.testing import assert_close
 from transformers import CLIPImageProcessorPil
 
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
-from modeling_emu.processing_emu import get_frame_indices, prepare_documents
+from modeling_emu.documents_emu import get_frame_indices, prepare_documents
 
 
 GOLDEN = GOLDENS / "pretrain"
@@ -466,7 +466,7 @@ def storyteller(own_components):
 def test_a_document_keeps_the_order_of_generation(storyteller):
     torch.manual_seed(3)
     arguments = {"max_new_tokens": 60, "do_sample": True, "eos_token_id": [999], **SHORT}
-    document = storyteller.generate_document("Once upon a time", generator=seeded(), **arguments)
+    document = storyteller.generate_document("Once upon a time", generator=seeded(), pictures_at_once=2, **arguments)
     kinds = [part["type"] for part in document]
     assert "image" in kinds[:-1]
     assert "text" in kinds
@@ -482,15 +482,13 @@ def test_a_document_keeps_the_order_of_generation(storyteller):
     parts = storyteller.processor.decode_documents(outputs, inputs["input_ids"].shape[1])[0]
     assert [part["type"] for part in parts] == kinds
     embeds = [part["image_embeds"] for part in parts if part["type"] == "image"]
-    pictures = []
-    for first in range(0, len(embeds), 4):
-        chunk = torch.stack(embeds[first : first + 4])
-        pictures += storyteller(prompt_embeds=chunk, generator=generator, **SHORT).images
+    pictures = storyteller(prompt_embeds=torch.stack(embeds), generator=generator, **SHORT).images
     for part, expected in zip(document, parts, strict=True):
         if part["type"] == "text":
             assert part == expected
         else:
-            assert np.array_equal(np.asarray(part["image"]), np.asarray(pictures.pop(0)))
+            got, expected_picture = (np.asarray(picture).astype(int) for picture in (part["image"], pictures.pop(0)))
+            assert np.abs(got - expected_picture).max() <= 1  # sums in another order, then rounding
 
 
 def test_sampling_with_a_generator_repeats_and_leaves_the_global_state(storyteller):
@@ -624,6 +622,7 @@ def test_from_pipe_shares_the_components(pipe):
         ({"prompt": [{"type": "sound", "sound": 1}]}, "'sound'"),
         ({"prompt": "a", "height": 15}, "multiples of 2"),
         ({"prompt": "a", "width": -16}, "multiples of 2"),
+        ({"prompt": "a", "width": 0}, "multiples of 2"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps: got 0"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt: got 0"),
         ({"prompt": "a", "generator": [seeded(), seeded()]}, "got a list of 2, expected 1"),
@@ -740,7 +739,7 @@ def draw(name, **kwargs):
 
 def check_equal(first, second):
     files = [*Path(first).glob("*.py"), Path(first) / "model_index.json", Path(first) / "config.json"]
-    assert len(files) == 8, files
+    assert {"pipeline_emu.py", "modeling_emu.py", "processing_emu.py"} <= {file.name for file in files}
     for file in files:
         assert file.read_text() == (Path(second) / file.name).read_text(), file
 
