@@ -153,8 +153,9 @@ class EmuGenerationMixin(GenerationMixin):
             inputs: `(B, T)` ids, also as `input_ids`; left-padded, with `attention_mask` and `pixel_values` beside them.
             generation_config: as in transformers, like every other argument of its `generate`.
             generation_mode: "text": no image can start; beams are allowed. "image": the N embeddings of one image per
-                row, in exactly N steps; `[IMG]` is appended where a prompt does not end in it, and `max_new_tokens`
-                has no meaning. "interleaved": text, and an image wherever `[IMG]` is sampled or ends the prompt.
+                row, in exactly N steps; `[IMG]` is appended where a prompt does not end in it (the published tokenizer
+                strips white space before it, so such a prompt should not end in a space), and `max_new_tokens` has no
+                meaning. "interleaved": text, and an image wherever `[IMG]` is sampled or ends the prompt.
             max_images: in interleaved mode, images that a row may generate; None for any number.
 
         Returns:
@@ -177,6 +178,8 @@ class EmuGenerationMixin(GenerationMixin):
                 raise ValueError("input_ids: got them also as the first argument, expected them once")
             kwargs["input_ids"] = inputs
         self._check_prompt(generation_mode, **kwargs)
+        if generation_mode != "text" and self.config.variant == "instruct":
+            logger.warning_once("These are weights of Emu-I, which was not trained to make images: expect poor ones.")
         if generation_mode == "image":
             kwargs = self._prepare_image_kwargs(generation_config, kwargs)
         return super().generate(

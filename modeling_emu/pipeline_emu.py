@@ -200,7 +200,6 @@ class EmuPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._null_embeds: torch.Tensor | None = None
         self._null_embeds_of: tuple = ()
-        self._has_warned_of_variant = False
 
     @property
     def guidance_scale(self) -> float:
@@ -384,9 +383,6 @@ class EmuPipeline(DiffusionPipeline):
         Source:
             `Emu1/models/modeling_emu.py`, `generate_image`.
         """
-        if self.multimodal_encoder.config.variant == "instruct" and not self._has_warned_of_variant:
-            logger.warning("These are weights of Emu-I, which was not trained to make images: expect poor ones.")
-            self._has_warned_of_variant = True
         inputs = self._prepare_encoder_inputs([trim_document(document) for document in documents])
         return self.multimodal_encoder.generate(**inputs, generation_mode="image").image_embeds
 

@@ -8,6 +8,7 @@ from packaging import version
 from torch.testing import assert_close
 from transformers import CompileConfig, StaticCache, TextStreamer
 from transformers.generation import BaseStreamer
+from transformers.utils import logging
 
 from modeling_emu import EmuForMultimodalGeneration
 
@@ -419,6 +420,16 @@ def test_embeddings_as_prompt_are_for_text_mode(tiny_model):
     assert tiny_model.generate(inputs_embeds=embeds, max_new_tokens=5)[0].tolist() == expected.tolist()
     with pytest.raises(ValueError, match="expected the prompt as ids"):
         tiny_model.generate(inputs_embeds=embeds, generation_mode="image")
+
+
+def test_emu_i_warns_once_that_it_does_not_draw(caplog):
+    logging.warning_once.cache_clear()  # another test may have been warned
+    model = make_model(variant="instruct")
+    model.generate(**make_batch([ROWS[0]]), max_new_tokens=2)
+    assert "not trained to make images" not in caplog.text
+    for mode in ("image", "interleaved"):
+        model.generate(**make_batch([ROWS[0]]), generation_mode=mode)
+    assert caplog.text.count("not trained to make images") == 1
 
 
 def test_continuous_batching_is_refused(tiny_model):

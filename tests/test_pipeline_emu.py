@@ -678,17 +678,6 @@ def test_settings_without_effect_are_named(pipe, caplog):
     assert "negative prompt has no effect" in caplog.text
 
 
-def test_emu_i_warns_once_that_it_does_not_draw(converted_instruct, components, caplog):
-    pipe = make_pipe(
-        components,
-        multimodal_encoder=EmuForMultimodalGeneration.from_pretrained(converted_instruct),
-        processor=EmuProcessor.from_pretrained(converted_instruct),
-    )
-    for _ in range(2):
-        pipe("a", **SHORT)
-    assert caplog.text.count("not trained to make images") == 1
-
-
 # -- saving --------------------------------------------------------------------------------------------------------
 
 
