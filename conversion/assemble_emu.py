@@ -24,6 +24,7 @@ former, the norm after the vision tower, the projection and the regression head 
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout: both packages are beside this folder
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from conversion.checkpoint import check_finite, compute_sha256, open_checkpoint
+from conversion.checkpoint import check_finite, compute_sha256, meta_tensors, open_checkpoint
 from conversion.convert_emu_to_hub import DTYPES, MODEL_CARDS, build_meta_model, build_processor
 from conversion.decoder import check_decoder, convert_decoder, renew_condition
-from conversion.key_table import plan_conversion
+from conversion.key_table import list_keys, plan_conversion
 from conversion.sizes import build_config
 from conversion.tokenizer import add_emu_tokens
-from conversion.weights import check_shapes, convert_state_dict, write_json
+from conversion.weights import check_shapes, convert_state_dict, write_json, write_shards
 from modeling_emu.configuration_emu import EmuConfig
 from modeling_emu.hub.outputs import check_output, whole_folder
 from modeling_emu.hub.repository import check_repository, write_repository_files
@@ -50,6 +51,7 @@ VARIANT = "assembled"
 REPORT_FILE = "assembly_report.json"
 VISION_PREFIX = "visual."
 VISION_PARAMETERS = "model.vision_model."
+HEAD = "lm_head.weight"
 FRESH_NORM = "model.vision_model.post_layernorm."  # Emu's own; EVA-CLIP's final norm is another
 FRESH = ("model.causal_former.", FRESH_NORM, "regression_head.")
 
@@ -88,44 +90,63 @@ def extend_vocabulary(language_model: PreTrainedModel, num_old_tokens: int, num_
         num_old_tokens: of the tokenizer before Emu's tokens.
         num_tokens: of the tokenizer with them.
     """
-    if num_tokens > language_model.get_input_embeddings().num_embeddings:
+    num_rows = language_model.get_input_embeddings().num_embeddings
+    num_old_rows = min(num_old_tokens, num_rows)
+    if num_tokens > num_rows:
         language_model.resize_token_embeddings(num_tokens, mean_resizing=False)
     with torch.no_grad():
         for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
             rows = layer.weight.detach()
-            rows[num_old_tokens:num_tokens] = rows[:num_old_tokens].double().mean(0).to(rows.dtype)
+            rows[num_old_rows:num_tokens] = rows[:num_old_rows].double().mean(0).to(rows.dtype)
 
 
 def name_language_parameters(language_model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The language model's parameters under Emu's names: its decoder, and its head."""
     decoder = language_model.base_model.state_dict()
     parameters = {f"model.language_model.{name}": tensor for name, tensor in decoder.items()}
-    return parameters | {"lm_head.weight": language_model.get_output_embeddings().weight.detach()}
+    return parameters | {HEAD: language_model.get_output_embeddings().weight.detach()}
 
 
-def assemble_model(
-    language_model: PreTrainedModel, vision: dict[str, torch.Tensor], config: EmuConfig, seed: int
-) -> EmuForMultimodalGeneration:
-    """Put the parts together; what is missing is initialised by transformers, as the model defines it.
+def draw_fresh_parts(config: EmuConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Parameters of the parts that are Emu's own, initialised as the model defines it.
+
+    They are drawn in a model whose other parts are as small as can be, always in the same order: transformers fills
+    what a checkpoint lacks in the order of a set.
+    """
+    text_config = config.text_config
+    small = EmuConfig(
+        vision_config=config.vision_config.to_dict() | {"num_hidden_layers": 1},
+        causal_former_config=config.causal_former_config.to_dict(),
+        text_config=LlamaConfig(
+            vocab_size=3,
+            hidden_size=text_config.hidden_size,
+            intermediate_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            initializer_range=getattr(text_config, "initializer_range", LlamaConfig.initializer_range),
+        ),
+        image_token_id=0,
+        image_start_token_id=1,
+        image_end_token_id=2,
+    )
+    torch.manual_seed(seed)
+    parameters = EmuForMultimodalGeneration(small).state_dict()
+    return {name: tensor.to(config.dtype) for name, tensor in parameters.items() if name.startswith(FRESH)}
+
+
+def check_parameters(parameters: Mapping[str, torch.Tensor], config: EmuConfig) -> None:
+    """Refuse parts that are not all of the model, or more.
 
     Raises:
-        ValueError: if anything but Emu's own parts would be left to chance.
+        ValueError: lists the parameters that are missing, left over or of another shape.
     """
-    torch.manual_seed(seed)
-    model, loading = EmuForMultimodalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=name_language_parameters(language_model) | vision,
-        dtype=config.dtype,
-        output_loading_info=True,
-    )
-    strange = [name for name in loading["missing_keys"] if not name.startswith(FRESH)]
-    if strange := strange + sorted(loading["unexpected_keys"]):
+    expected = {name: tuple(tensor.shape) for name, tensor in build_meta_model(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    if strange := {name for name, _ in expected.items() ^ found.items()}:
         raise ValueError(
-            f"language model {type(language_model).__name__}: got {', '.join(strange)} missing or left over, expected a "
-            f"causal language model that is a decoder and a head without bias"
+            f"language model {config.text_config.model_type}: got {list_keys(strange)} missing, left over or of another "
+            f"shape, expected a causal language model that is a decoder and a head without bias"
         )
-    return model
 
 
 def assemble(
@@ -181,10 +202,14 @@ def assemble(
         num_image_tokens,
     )
     config.dtype = causal_lm.dtype
-    model = assemble_model(causal_lm, read_vision(vision, config), config, seed)
+    fresh = draw_fresh_parts(config, seed)
+    parameters = name_language_parameters(causal_lm) | read_vision(vision, config) | fresh
+    check_parameters(parameters, config)
+    if config.tie_word_embeddings:
+        del parameters[HEAD]
 
     with whole_folder(output) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        write_shards(folder, meta_tensors(parameters), parameters.__getitem__, "model", max_shard_size)
         files = convert_decoder(decoder, folder, components, dtype)
         renewed = renew_condition(folder, config.text_config.hidden_size, seed)
         processor = build_processor(config, tokenizer)
@@ -196,8 +221,8 @@ def assemble(
             "tokens_added": len(tokenizer) - num_old_tokens,
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),
-            "parameters": model.num_parameters(),
-            "random": [name for name, _ in model.named_parameters() if name.startswith(FRESH)],
+            "parameters": sum(tensor.numel() for tensor in parameters.values()),
+            "random": list(fresh),
             "random_in_unet": renewed,
         }
         write_json(folder / REPORT_FILE, report)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Blip2VisionConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_emu.configuration_emu import (
@@ -141,23 +142,28 @@ def build_config(
         model_config: file in the form of the published `Emu-14B.json`; None for the published sizes.
         causal_former_config: T5 configuration file; None for T5-base.
         num_image_tokens: N; None takes that of `model_config`.
+
+    Raises:
+        ValueError: if a file lacks a size, or the sizes do not fit together.
     """
     vision_config = read_vision_config(model_config)
     text_config.vocab_size = vocab_size
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, name, getattr(tokenizer, name))
-    return EmuConfig(
-        vision_config=vision_config,
-        causal_former_config=read_causal_former_config(
-            causal_former_config,
-            read_num_image_tokens(model_config) if num_image_tokens is None else num_image_tokens,
-            vision_config.hidden_size,
-            text_config.hidden_size,
-        ),
-        text_config=text_config,
-        variant=variant,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_start_token_id=tokenizer.convert_tokens_to_ids(IMAGE_START_TOKEN),
-        image_end_token_id=tokenizer.convert_tokens_to_ids(IMAGE_END_TOKEN),
-        tie_word_embeddings=text_config.tie_word_embeddings,
-    )
+    if num_image_tokens is None:
+        num_image_tokens = read_num_image_tokens(model_config)
+    try:
+        return EmuConfig(
+            vision_config=vision_config,
+            causal_former_config=read_causal_former_config(
+                causal_former_config, num_image_tokens, vision_config.hidden_size, text_config.hidden_size
+            ),
+            text_config=text_config,
+            variant=variant,
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            image_start_token_id=tokenizer.convert_tokens_to_ids(IMAGE_START_TOKEN),
+            image_end_token_id=tokenizer.convert_tokens_to_ids(IMAGE_END_TOKEN),
+            tie_word_embeddings=text_config.tie_word_embeddings,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"sizes of the model: {error.__cause__ or error}") from error

@@ -14,7 +14,7 @@
 """From a mapped published state dict to the model's weights: mapping, checking, writing, comparing."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,12 @@ def write_weights(
     stem: str,
     max_shard_size: int | str,
 ) -> None:
-    """Write the tensors of a plan as safetensors, in shards with an index where one file is not enough.
+    """Write the tensors of a plan, each checked to be finite; the other arguments are those of `write_shards`.
 
     Args:
-        folder: where to.
         source: published keys and tensors.
         plan: from `plan_conversion`.
         dtype: of the weights written; None keeps each tensor's.
-        stem: what the file names begin with: "model", "adapter_model".
-        max_shard_size: of one file, in bytes or such as "5GB".
 
     Raises:
         ValueError: names a tensor that is not finite, in the source or in the dtype written.
@@ -115,9 +112,27 @@ def write_weights(
             check_finite(f"{name} as {tensor.dtype}", tensor)
         return tensor
 
-    layout = convert_state_dict(meta_tensors(source), plan, dtype)
+    write_shards(folder, convert_state_dict(meta_tensors(source), plan, dtype), build, stem, max_shard_size)
+
+
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, torch.Tensor],
+    build: Callable[[str], torch.Tensor],
+    stem: str,
+    max_shard_size: int | str,
+) -> None:
+    """Write tensors as safetensors, in shards with an index where one file is not enough.
+
+    Args:
+        folder: where to.
+        layout: name, shape and dtype of each tensor, on the meta device.
+        build: gives the tensor of a name.
+        stem: what the file names begin with: "model", "adapter_model".
+        max_shard_size: of one file, in bytes or such as "5GB".
+    """
     pattern = f"{stem}{{suffix}}.safetensors"
-    split = split_torch_state_dict_into_shards(layout, filename_pattern=pattern, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(dict(layout), filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         write_safetensors(folder / file, {name: layout[name] for name in names}, build)
         print(f"wrote {file}: {len(names)} tensors")
