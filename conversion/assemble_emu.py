@@ -217,7 +217,7 @@ def assemble(
         report = {
             "language_model": causal_lm.config.model_type,
             "vision": compute_sha256([vision]),
-            "decoder": compute_sha256(files),
+            "decoder": compute_sha256(files, decoder),
             "tokens_added": len(tokenizer) - num_old_tokens,
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),

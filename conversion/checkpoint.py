@@ -257,10 +257,11 @@ def to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def compute_sha256(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, in hexadecimal, by file name."""
+def compute_sha256(files: Iterable[Path], folder: Path | None = None) -> dict[str, str]:
+    """SHA-256 of each file, in hexadecimal, by its name, or by its path in `folder`."""
     hashes = {}
     for file in files:
         with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            name = file.relative_to(folder).as_posix() if folder else file.name
+            hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes

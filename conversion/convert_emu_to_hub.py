@@ -225,7 +225,7 @@ def convert(
         report = build_report(conversion) | {
             "maximum_difference": verify(folder, conversion),
             "source": hashes.result(),
-            "decoder": compute_sha256(decoder_files),
+            "decoder": compute_sha256(decoder_files, decoder),
             "seconds": {"written": written - started, "verified": time.perf_counter() - written},
         }
         write_json(folder / REPORT_FILE, report)

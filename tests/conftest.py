@@ -111,7 +111,7 @@ def tiny_model() -> EmuForMultimodalGeneration:
     return make_model()
 
 
-def convert_golden(source: str, folder: Path) -> Path:
+def convert_golden(source: str, folder: Path, *options: str) -> Path:
     """Convert a golden checkpoint with its own sizes, as a user does."""
     name = source.split("/")[0]
     convert_emu_to_hub(
@@ -121,6 +121,7 @@ def convert_golden(source: str, folder: Path) -> Path:
             f"--causal-former-config={GOLDENS / name / 'causal_former_t5.json'}",
             f"--llama-config={GOLDENS / name / 'llama_config'}",
             f"--output={folder}",
+            *options,
         ]
     )
     return folder
