@@ -136,6 +136,8 @@ def read_torch(file: Path) -> dict[str, torch.Tensor]:
     places = {}
     for name, tensor in content.items():
         storage = tensor.untyped_storage()
+        if not hasattr(storage, "_checkpoint_offset"):
+            raise ValueError(f"torch: got {torch.__version__}, expected 2.7 or newer, which says where a tensor lies")
         start = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         places[name] = Place(tensor.dtype, tuple(tensor.shape), tensor.stride(), start)
     return map_tensors(file, places)

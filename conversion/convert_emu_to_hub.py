@@ -210,7 +210,9 @@ def convert(
     config, source, dtype = conversion.config, conversion.source, conversion.dtype
     components = check_decoder(decoder, config.text_config.hidden_size) if decoder else []
     with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as executor:
-        check_free_space(folder, count_bytes(conversion.layout.values()) + SMALL_FILES_BYTES)
+        beside = [file for name in components for file in (decoder / name).iterdir()] if decoder else []
+        num_bytes = count_bytes(conversion.layout.values()) + sum(file.stat().st_size for file in beside)
+        check_free_space(folder, num_bytes + SMALL_FILES_BYTES)
         started = time.perf_counter()
         hashes = executor.submit(compute_sha256, source.files)  # whoever reads second finds the pages in the cache
         write_weights(folder, source.tensors, conversion.plan, dtype, "model", max_shard_size)
