@@ -22,6 +22,7 @@ Shapes: B rows, T positions, N slots per image, D width of the language model, V
 """
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -42,7 +43,6 @@ from .configuration_emu import EmuConfig
 
 logger = logging.get_logger(__name__)
 
-_CACHE_SETTINGS = ("cache_implementation", "return_dict_in_generate")
 CANDIDATES_AT_ONCE = 8  # candidates ranked in one pass, each with its own copy of the prompt's cache
 
 
@@ -91,7 +91,7 @@ class EmuTextLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`(B, T)` ids and `(B, V)` scores to scores."""
         scores = scores.clone()
-        scores[:, [self.slot, self.end]] = float("-inf")
+        scores[:, self.slot] = scores[:, self.end] = float("-inf")
         if self.max_images is not None:
             num_images = (input_ids[:, self.prompt_length :] == self.end).sum(-1)
             start_scores = scores[:, self.start].masked_fill(num_images >= self.max_images, float("-inf"))
@@ -156,7 +156,8 @@ class EmuGenerationMixin(GenerationMixin):
                 row, in exactly N steps; `[IMG]` is appended where a prompt does not end in it (the published tokenizer
                 strips white space before it, so such a prompt should not end in a space), and `max_new_tokens` has no
                 meaning. "interleaved": text, and an image wherever `[IMG]` is sampled or ends the prompt.
-            max_images: in interleaved mode, images that a row may generate; None for any number.
+            max_images: in interleaved mode, images that a row may generate, one that its prompt starts included; None
+                for any number.
 
         Returns:
             In text mode what transformers gives, `(B, T + new)` ids. Else `EmuGenerateOutput`. An image cut short by
@@ -177,11 +178,11 @@ class EmuGenerationMixin(GenerationMixin):
             if kwargs.get("input_ids") is not None:
                 raise ValueError("input_ids: got them also as the first argument, expected them once")
             kwargs["input_ids"] = inputs
-        self._check_prompt(generation_mode, **kwargs)
+        self._check_prompt(generation_mode, max_images, **kwargs)
         if generation_mode != "text" and self.config.variant == "instruct":
             logger.warning_once("These are weights of Emu-I, which was not trained to make images: expect poor ones.")
         if generation_mode == "image":
-            kwargs = self._prepare_image_kwargs(generation_config, kwargs)
+            generation_config, kwargs = self._prepare_image_arguments(generation_config, kwargs)
         return super().generate(
             generation_config=generation_config, generation_mode=generation_mode, max_images=max_images, **kwargs
         )
@@ -189,43 +190,77 @@ class EmuGenerationMixin(GenerationMixin):
     def _check_prompt(
         self,
         generation_mode: str,
+        max_images: int | None,
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
-        max_new_tokens: int | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse prompts that cannot be continued."""
+        """Refuse prompts that cannot be continued, and arguments that have no meaning in a mode."""
         if generation_mode != "text" and (inputs_embeds is not None or input_ids is None):
             raise ValueError(f"input_ids: got none in {generation_mode} mode, expected the prompt as ids")
-        if generation_mode == "image" and streamer is not None:
-            raise ValueError("streamer: got one in image mode, expected None: there is no text to stream")
+        if input_ids is not None and (input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.is_floating_point()):
+            raise ValueError(
+                f"input_ids: got {input_ids.dtype} {tuple(input_ids.shape)}, expected integers (batch, length)"
+            )
+        loop_arguments = {
+            "streamer": streamer,
+            "stopping_criteria": stopping_criteria,
+            "logits_processor": logits_processor,
+        }
+        for name, value in loop_arguments.items():
+            if generation_mode == "image" and value is not None:
+                raise ValueError(f"{name}: got one in image mode, expected None: every id is known in advance")
         if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask: got right padding, expected left padding (padding_side='left')")
+        if max_images == 0 and bool((input_ids[:, -1] == self.config.image_start_token_id).any()):
+            raise ValueError("max_images: got 0 with a prompt that ends in [IMG], expected at least 1")
 
-        lengths = [tensor.shape[1] for tensor in (input_ids, inputs_embeds, attention_mask) if tensor is not None]
-        num_new = self.config.num_image_tokens if generation_mode == "image" else (max_new_tokens or 1)
+    def _check_length(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+        """Refuse more positions than the language model knows, before anything runs."""
         context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if lengths and context is not None and max(lengths) + num_new > context:
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        lengths = [model_kwargs[name].shape[1] for name in names if model_kwargs.get(name) is not None]
+        if context is None or not lengths:
+            return
+        num_new = 1
+        if generation_config.max_new_tokens is not None:
+            num_new = generation_config.max_new_tokens
+        elif generation_config.max_length is not None:
+            num_new = max(generation_config.max_length - lengths[0], 1)
+        if max(lengths) + num_new - 1 > context:  # what is generated last is not read
             raise ValueError(
-                f"prompt: got {max(lengths)} positions and {num_new} to generate, expected at most {context} together"
+                f"prompt: got {max(lengths)} positions and {num_new} to generate, expected at most {context + 1} together"
             )
 
-    def _prepare_image_kwargs(self, generation_config: GenerationConfig | None, kwargs: dict) -> dict:
+    def _prepare_image_arguments(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig | None, dict[str, Any]]:
         """Arguments of transformers' `generate` that make it regress one image per row."""
         input_ids, attention_mask = self._append_image_start(**kwargs)
-        kwargs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": None}
-        kwargs["max_length"] = input_ids.shape[1] + self.config.num_image_tokens + 1  # the last for `[/IMG]`
-        kwargs["custom_generate"] = regress_image
-        # A static cache has its mask ready, where a dynamic one asks the device at every step whether rows are padded.
-        # Not compiled unless the caller asks for a static cache: a single picture would not repay it.
-        # A cache that is handed back grows in later calls, which only a dynamic one can.
+        kwargs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask, "custom_generate": regress_image}
+        settings = {"max_new_tokens": self.config.num_image_tokens + 1, "max_length": None}  # the last is `[/IMG]`
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        settings = [kwargs.get(name) or any(getattr(c, name) for c in configs) for name in _CACHE_SETTINGS]
-        if kwargs.get("past_key_values") is None and not any(settings):
-            kwargs |= {"cache_implementation": "static", "disable_compile": True}
-        return kwargs
+        # A static cache has its mask ready, where a dynamic one asks the device at every step whether rows are padded.
+        # Not compiled unless the caller asks for a static cache: a single picture would not repay it. A cache that is
+        # handed back must grow in later calls, and one under autocast gets other dtypes than the weights': dynamic.
+        is_free = not any(
+            kwargs.get(name) or any(getattr(config, name) for config in configs)
+            for name in ("cache_implementation", "return_dict_in_generate")
+        )
+        devices = {input_ids.device.type, self.device.type} - {"meta"}
+        is_free &= not any(torch.is_autocast_enabled(device) for device in devices)
+        if is_free and kwargs.get("past_key_values") is None:
+            settings |= {"cache_implementation": "static", "disable_compile": True}
+        if generation_config is None:
+            return None, kwargs | settings
+        generation_config = copy.deepcopy(generation_config)
+        for name, value in settings.items():
+            setattr(generation_config, name, value)
+        return generation_config, {name: value for name, value in kwargs.items() if name not in settings}
 
     def _append_image_start(
         self,
@@ -267,6 +302,10 @@ class EmuGenerationMixin(GenerationMixin):
             )
         if generation_config.num_beams not in (None, 1) and mode != "text":
             raise ValueError(f"num_beams: got {generation_config.num_beams} in {mode} mode, expected 1")
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if mode == "image" and getattr(generation_config, name):
+                raise ValueError(f"{name}: got True in image mode, expected False: its steps keep embeddings alone")
+        self._check_length(generation_config, model_kwargs)
         return generation_config, model_kwargs
 
     def _get_logits_processor(
@@ -355,12 +394,6 @@ class EmuGenerationMixin(GenerationMixin):
         rows, positions = (is_slot & ~cut).nonzero(as_tuple=True)
         return embeds[rows, positions].unflatten(0, (-1, num_slots)), rows[::num_slots]
 
-    def _regress_next(self, logits_to_keep: int, **model_inputs: Any) -> ModelOutput:
-        """`forward` without the logits, whose head is a fifth of what a small model reads per step."""
-        outputs = self.model(**model_inputs)
-        outputs.regressed_embeds = self.regression_head(outputs.last_hidden_state)
-        return outputs
-
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Continuous batching knows ids alone."""
         raise ValueError("generate_batch: continuous batching carries no embeddings, expected generate()")
@@ -390,6 +423,10 @@ class EmuGenerationMixin(GenerationMixin):
         if not candidates or not all(len(candidate) for candidate in candidates):
             raise ValueError(f"candidates: got {candidates}, expected at least one, none of them empty")
 
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        length = inputs["input_ids"].shape[1] + max(map(len, candidates))
+        if context is not None and length > context:
+            raise ValueError(f"prompt and longest candidate: got {length} positions, expected at most {context}")
         prompt_mask = inputs.get("attention_mask")
         if prompt_mask is None:
             prompt_mask = torch.ones_like(inputs["input_ids"])
@@ -429,6 +466,17 @@ class EmuGenerationMixin(GenerationMixin):
         return -(log_probs * mask.to(log_probs.device)).sum(-1)
 
 
+def regress_next(model: "EmuGenerationMixin", logits_to_keep: int | None = None, **model_inputs: Any) -> ModelOutput:
+    """The model's `forward` for one position, without the logits, which image mode never reads.
+
+    The embedding comes back on the device of the ids, as accelerate's hooks on `forward` bring it back when the model
+    lies on several.
+    """
+    outputs = model.model(**model_inputs)
+    outputs.regressed_embeds = model.regression_head(outputs.last_hidden_state).to(model_inputs["input_ids"].device)
+    return outputs
+
+
 def regress_image(
     model: "EmuGenerationMixin",
     input_ids: torch.Tensor,
@@ -442,7 +490,7 @@ def regress_image(
     Takes what transformers hands to a `custom_generate`. Every id is known in advance, so there is nothing to sample
     or to stop at. Where the cache is to be returned, one more step puts the last embedding into it.
     """
-    forward = model._regress_next
+    forward = functools.partial(regress_next, model)
     if model._valid_auto_compile_criteria(model_kwargs, generation_config):
         forward = model.get_compiled_call(generation_config.compile_config)
     slot = torch.full_like(input_ids[:, :1], model.config.image_token_id)

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import AutoModel, Blip2VisionModel, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -98,15 +99,17 @@ class EmuPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    # 8 % of the parameters, and what an image is made of: quantised, they save little and blur every embedding.
+    # A small part of the parameters, and what an image is made of: quantised, they save little and blur embeddings.
     modules_to_not_quantize = ("model.vision_model", "model.causal_former", "lm_head", "regression_head")
 
     @classmethod
     def from_pretrained(
-        cls, *args: Any, quantization_config: QuantizationConfigMixin | None = None, **kwargs: Any
+        cls, *args: Any, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         """As in transformers; a `quantization_config` that names no modules to skip skips `modules_to_not_quantize`."""
         if quantization_config is not None:
+            if isinstance(quantization_config, dict):
+                quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
             quantization_config = copy.deepcopy(quantization_config)
             for field in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; the others
                 if getattr(quantization_config, field, ()) is None:
@@ -235,7 +238,9 @@ class EmuModel(EmuPreTrainedModel):
                 inputs_embeds = self.place_image_embeds(input_ids, inputs_embeds, image_embeds)
             else:
                 slots = (input_ids == self.config.image_token_id).unsqueeze(-1)
-                inputs_embeds = torch.where(slots, visual_inputs.to(inputs_embeds.dtype), inputs_embeds)
+                inputs_embeds = torch.where(
+                    slots, visual_inputs.to(inputs_embeds.device, inputs_embeds.dtype), inputs_embeds
+                )
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -460,7 +465,7 @@ def compute_regression_loss(
         errors = 1 - nn.functional.cosine_similarity(predictions, targets, dim=-1)
     else:
         errors = (predictions - targets).square().mean(-1)
-    return (errors * positions).sum(), positions.sum()
+    return errors.masked_fill(~positions, 0).sum(), positions.sum()
 
 
 EmuForMultimodalGeneration.register_for_auto_class(AUTO_CLASSES[0])

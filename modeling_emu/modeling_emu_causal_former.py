@@ -171,7 +171,7 @@ class EmuCausalFormer(PreTrainedModel):
     main_input_name = "encoder_hidden_states"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EmuCausalFormerLayer"]
+    _no_split_modules = ["EmuCausalFormer"]  # its queries belong to no layer
     _can_compile_fullgraph = True
     _supports_sdpa = True
 

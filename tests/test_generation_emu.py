@@ -1,16 +1,18 @@
 """generate(): what the loop gives against a plain uncached loop written here, in every mode, batch and cache."""
 
+import re
+
 import pytest
 import torch
 import transformers
 from conftest import BOS, END, EOS, NUM_IMAGE_TOKENS, PAD, SLOT, START, image_ids, make_batch, make_config, make_model
 from packaging import version
 from torch.testing import assert_close
-from transformers import CompileConfig, StaticCache, TextStreamer
-from transformers.generation import BaseStreamer
+from transformers import CompileConfig, GenerationConfig, StaticCache, TextStreamer
+from transformers.generation import BaseStreamer, MaxTimeCriteria
 from transformers.utils import logging
 
-from modeling_emu import EmuForMultimodalGeneration
+from modeling_emu import EmuForMultimodalGeneration, generation_emu
 
 
 # Prompts in different modes: plain text, an image, an image to start at once, text after an image.
@@ -149,7 +151,7 @@ def test_compiled_image_steps_are_one_graph_without_recompilation():
     assert not counters["graph_break"]
 
 
-def test_image_mode_asks_nothing_of_the_device_between_steps(monkeypatch):
+def test_image_mode_asks_nothing_of_the_device_between_steps():
     def count_reads(num_image_tokens: int) -> int:
         config = make_config()
         config.causal_former_config.num_image_tokens = num_image_tokens
@@ -300,6 +302,41 @@ def test_continuing_from_the_cache_equals_one_run(tiny_model, mode):
         assert trim(second[row, first.sequences.shape[1] :].tolist()) == trim(expected)
 
 
+def test_image_mode_takes_a_generation_config_as_it_is(tiny_model, caplog):
+    batch = make_batch([ROWS[0]])
+    expected = tiny_model.generate(**batch, generation_mode="image").image_embeds
+    config = GenerationConfig(max_new_tokens=2, max_length=5, pad_token_id=PAD)
+    before = config.to_dict()
+    caplog.clear()
+    got = tiny_model.generate(**batch, generation_mode="image", generation_config=config).image_embeds
+    assert_close(got, expected, atol=0, rtol=0)
+    assert config.to_dict() == before
+    assert "deprecated" not in caplog.text
+
+
+def test_image_mode_runs_under_autocast(tiny_model):
+    batch = make_batch([ROWS[1], ROWS[0]], num_images=1)
+    exact = tiny_model.generate(**batch, generation_mode="image").image_embeds
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tiny_model.generate(**batch, generation_mode="image").image_embeds
+    assert (got.float() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_image_steps_bring_embeddings_to_the_device_of_the_ids():
+    class OtherDeviceHead(torch.nn.Linear):
+        """Stands for a head on a second device: what it gives must be asked back."""
+
+        def forward(self, hidden_states):
+            return super().forward(hidden_states).to("meta")
+
+    model = make_model()
+    head = OtherDeviceHead(32, 32, bias=False)
+    ids = torch.ones(1, 1, dtype=torch.long)
+    model.regression_head = head
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        generation_emu.regress_next(model, input_ids=ids, visual_inputs=torch.ones(1, 1, 32))
+
+
 def test_a_cache_of_the_caller_serves_image_mode(tiny_model):
     batch = make_batch([ROWS[0]])
     expected = tiny_model.generate(**batch, generation_mode="image").image_embeds
@@ -374,6 +411,11 @@ def test_rank_candidates_equals_one_plain_pass_each(tiny_model, reduction):
     assert ranked.order.tolist() == torch.tensor(expected).argsort().tolist()
 
 
+def test_rank_candidates_beyond_the_context_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="got 257 positions, expected at most 256"):
+        tiny_model.rank_candidates(make_batch([[BOS] * 250]), [[5], [6] * 7])
+
+
 def test_rank_candidates_reads_padding_and_one_image_once(tiny_model):
     prompt = [BOS, *image_ids(), 9, 10]
     padded = make_batch([prompt, [BOS] * 12], num_images=1)
@@ -400,7 +442,14 @@ def test_rank_candidates_reads_padding_and_one_image_once(tiny_model):
         ({"generation_mode": "image", "streamer": TextStreamer(None)}, "streamer: got one in image mode"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "got right padding"),
         ({"input_ids": torch.ones(1, 256, dtype=torch.long), "attention_mask": None}, "got 256 positions and 2 to"),
-        ({"max_new_tokens": 254}, "got 3 positions and 254 to generate, expected at most 256"),
+        ({"max_new_tokens": 255}, "got 3 positions and 255 to generate, expected at most 257"),
+        ({"max_new_tokens": None, "max_length": 258}, "got 3 positions and 255 to generate"),
+        ({"generation_config": GenerationConfig(max_new_tokens=255), "max_new_tokens": None}, "and 255 to generate"),
+        ({"input_ids": torch.ones(1, 3)}, "input_ids: got torch.float32 (1, 3)"),
+        ({"input_ids": torch.ones(1, 0, dtype=torch.long), "attention_mask": None}, "got torch.int64 (1, 0)"),
+        ({"generation_mode": "image", "stopping_criteria": [MaxTimeCriteria(1)]}, "stopping_criteria: got one"),
+        ({"generation_mode": "image", "output_scores": True}, "output_scores: got True in image mode"),
+        ({"generation_mode": "interleaved", "max_images": 0} | make_batch([[BOS, START]]), "max_images: got 0 with"),
         ({"pixel_values": torch.zeros(1, 3, 28, 28)}, "image slots in input_ids: got 0, expected 3"),
         ({"pixel_values": torch.zeros(1, 3, 30, 28)}, "pixel_values: got"),
         ({"pixel_values": torch.zeros(1, 3, 28, 28, dtype=torch.long)}, "expected a float dtype"),
@@ -409,7 +458,8 @@ def test_rank_candidates_reads_padding_and_one_image_once(tiny_model):
 )
 def test_what_cannot_be_generated_is_refused(tiny_model, arguments, message):
     batch = make_batch([[BOS, 5, 6]]) | {"max_new_tokens": 2} | arguments
-    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("(", r"\(")):
+    batch = {name: value for name, value in batch.items() if value is not None}
+    with pytest.raises(ValueError, match=re.escape(message)):
         tiny_model.generate(**batch)
 
 

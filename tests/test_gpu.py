@@ -5,6 +5,8 @@ import torch
 from conftest import BOS, NUM_IMAGE_TOKENS, START, image_ids, make_batch, make_model
 from torch.testing import assert_close
 
+from modeling_emu import generation_emu
+
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,15 +38,15 @@ def test_image_steps_wait_for_nothing(monkeypatch):
     model = make_model().cuda()
     batch = to_cuda(make_batch(ROWS[:2], num_images=1))
     model.generate(**batch, generation_mode="image")  # library handles are made on first use
-    step, num_steps = model._regress_next, 0
+    step, num_steps = generation_emu.regress_next, 0
 
-    def strict_step(**inputs):
+    def strict_step(*args, **inputs):
         nonlocal num_steps
         num_steps += 1
         torch.cuda.set_sync_debug_mode("error")
-        return step(**inputs)
+        return step(*args, **inputs)
 
-    monkeypatch.setattr(model, "_regress_next", strict_step)
+    monkeypatch.setattr(generation_emu, "regress_next", strict_step)
     try:
         model.generate(**batch, generation_mode="image")
     finally:

@@ -440,5 +440,5 @@ def test_layers_kept_on_disk_change_nothing(tmp_path):
 
 
 def test_a_module_that_may_not_be_split_is_named():
-    names = {"Blip2EncoderLayer", "EmuCausalFormerLayer", "LlamaDecoderLayer"}
+    names = {"Blip2EncoderLayer", "EmuCausalFormer", "LlamaDecoderLayer"}
     assert names <= set(make_model()._no_split_modules)

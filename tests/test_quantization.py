@@ -52,6 +52,14 @@ def test_only_the_language_model_is_quantized(folder, kind):
     assert embeds.isfinite().all()
 
 
+def test_a_dictionary_is_read_as_a_config(folder):
+    config = {"load_in_8bit": True, "quant_method": "bitsandbytes"}
+    model = EmuForMultimodalGeneration.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    quantized = {name for name, module in model.named_modules() if is_quantized(module)}
+    assert quantized
+    assert all(EXPECTED.fullmatch(name) for name in quantized)
+
+
 def test_modules_that_the_caller_names_are_left_as_named(folder):
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.language_model", "lm_head"])
     model = EmuForMultimodalGeneration.from_pretrained(folder, quantization_config=config, device_map="cpu")
