@@ -20,15 +20,16 @@ A document is the ordered content of one sample: a list of parts `{"type": "text
 import io
 import os
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers.image_utils import load_image as fetch_image
 
 
 MEDIA_KEYS = {"image": ("image", "path", "url"), "video": ("video", "path", "url")}
 NUM_VIDEO_FRAMES = 8  # Emu1/inference.py
+URL_TIMEOUT_S = 60
 MAX_8_BIT, MAX_16_BIT = 255, 65535
 
 
@@ -50,7 +51,8 @@ def load_image(source: Any) -> Image.Image:
         if isinstance(source, Image.Image):
             return convert_to_rgb(source)
         if isinstance(source, str) and source.startswith(("http://", "https://", "data:image/")):
-            return fetch_image(source)
+            with urlopen(source, timeout=URL_TIMEOUT_S) as response:
+                source = response.read()
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return convert_to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a decoder raises whatever its parser of a broken file runs into

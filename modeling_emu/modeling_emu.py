@@ -21,6 +21,10 @@ tokenizers, pixels before normalisation, or diffusion.
 Shapes: B rows, T positions, N slots per image, D width of the language model, V vocabulary.
 """
 
+from .configuration_emu import EmuConfig  # first: it checks transformers' version
+
+
+# isort: split
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +38,6 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_emu import EmuConfig
 from .generation_emu import EmuGenerationMixin
 from .modeling_emu_causal_former import EmuCausalFormer
 

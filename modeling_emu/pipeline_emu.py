@@ -20,6 +20,10 @@ are generated is the encoder's business.
 Shapes: B pictures, N slots per image, D width of the language model, C channels of the latents, H and W in pixels.
 """
 
+from .configuration_emu import EmuConfig  # first: it checks transformers' version
+
+
+# isort: split
 import inspect
 import json
 import os
@@ -45,7 +49,6 @@ from huggingface_hub import create_repo
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .configuration_emu import EmuConfig
 from .documents_emu import prepare_documents
 from .modeling_emu import EmuForMultimodalGeneration
 from .processing_emu import EmuProcessor
@@ -163,7 +166,7 @@ class EmuPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "multimodal_encoder->unet->vae"
     _exclude_from_cpu_offload = ["safety_checker"]
     _optional_components = ["multimodal_encoder", "processor", "safety_checker", "feature_extractor"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
         self,
@@ -390,8 +393,8 @@ class EmuPipeline(DiffusionPipeline):
         """What the encoder regresses for the empty prompt, `(1, N, D)`.
 
         Depends on nothing but the encoder, so it is kept, and computed again when the encoder is another one, has
-        moved, or one of its parameters was written to (`forget_null_embeds` is for what cannot be seen so, such as
-        switching adapters).
+        moved, or an optimiser or `load_state_dict` wrote to its parameters. Writing to `.data`, as merging adapters
+        does, and switching adapters cannot be seen so: call `forget_null_embeds` then.
         """
         encoder = self.multimodal_encoder
         versions = sum(parameter._version for parameter in encoder.parameters() if not parameter.is_inference())
@@ -554,12 +557,12 @@ class EmuPipeline(DiffusionPipeline):
             width,
             num_inference_steps,
             num_images_per_prompt,
-            generator,
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         if not self.do_classifier_free_guidance and (
             negative_documents is not None or negative_prompt_embeds is not None
@@ -600,15 +603,10 @@ class EmuPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors: dict[str, Any] = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                    }
+                    tensors: dict[str, Any] = {"latents": latents, "prompt_embeds": prompt_embeds}
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors |= callback_on_step_end(self, i, t, asked) or {}
                     latents, prompt_embeds = tensors["latents"], tensors["prompt_embeds"]
-                    negative_prompt_embeds = tensors["negative_prompt_embeds"]
 
                 # Schedulers of second order take two steps for one.
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
@@ -643,6 +641,9 @@ class EmuPipeline(DiffusionPipeline):
     ) -> Document | list[Document]:
         """Continue documents with text and pictures, in the order in which the model makes them.
 
+        The published weights were never trained to begin an image, so with them the continuation is text; weights
+        trained with `supervise_image_start` begin images where they fit.
+
         Args:
             prompt: see `__call__`.
             max_new_tokens: ids to generate per document; an image takes N + 2. One that they cut short is left out,
@@ -664,8 +665,15 @@ class EmuPipeline(DiffusionPipeline):
         negative_documents = None if negative_prompt is None else prepare_documents(negative_prompt)
         if pictures_at_once < 1:
             raise ValueError(f"pictures_at_once: got {pictures_at_once}, expected at least 1")
-        if negative_documents is not None and len(negative_documents) > 1:
-            raise ValueError(f"negative prompts: got {len(negative_documents)}, expected 1 for all pictures")
+        num_negative = 1 if negative_prompt_embeds is None else len(negative_prompt_embeds)
+        num_negative = num_negative if negative_documents is None else len(negative_documents)
+        if num_negative != 1:
+            raise ValueError(f"negative prompts: got {num_negative}, expected 1 for all pictures")
+        if generate_kwargs.get("num_return_sequences") not in (None, 1):
+            raise ValueError(
+                f"num_return_sequences: got {generate_kwargs['num_return_sequences']}, expected 1: one document per "
+                f"prompt (give the prompt several times instead)"
+            )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator: got {type(generator).__name__}, expected one torch.Generator")
         height, width = self._fill_size(height, width)

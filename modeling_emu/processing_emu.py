@@ -17,6 +17,14 @@ Documents come in the forms of `documents_emu.py`; in raw text, a mark stands fo
 writes the ids, a stock image processor makes the pixels, and a video is its frames.
 """
 
+from .configuration_emu import (  # first: it checks transformers' version
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+)
+
+
+# isort: split
 import itertools
 import os
 import re
@@ -32,7 +40,6 @@ from transformers import BatchFeature, CLIPImageProcessorPil, PreTrainedTokenize
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_emu import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
 from .documents_emu import NUM_VIDEO_FRAMES, get_media, load_image, load_video, prepare_documents, prepare_part
 
 

@@ -56,10 +56,22 @@ def test_causal_former_sizes_that_cannot_be_are_refused(field, value):
         EmuConfig(causal_former_config=former)
 
 
-def test_older_transformers_is_named():
-    script = (
-        "import transformers; transformers.__version__ = '4.57.0'\n"
-        "try:\n    import modeling_emu.configuration_emu\nexcept ImportError as error:\n    print(error)\n"
-    )
+@pytest.mark.parametrize("module", ["configuration_emu", "modeling_emu", "processing_emu", "pipeline_emu"])
+def test_older_transformers_is_named(module):
+    script = f"""
+import sys, transformers
+transformers.__version__ = "4.57.0"
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("transformers.", "diffusers")) and not name.startswith("transformers.utils"):
+            raise ImportError(name + " is not in this version")
+
+sys.meta_path.insert(0, Missing())
+try:
+    import modeling_emu.{module}
+except ImportError as error:
+    print(error)
+"""
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "transformers: got 4.57.0, Emu expects 5.20.0 or newer" in printed

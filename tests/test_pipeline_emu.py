@@ -397,12 +397,12 @@ def test_a_callback_sees_each_step_and_may_change_it(pipe):
     def look(pipe, step, timestep, tensors):
         seen.append((step, int(timestep), {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
 
-    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    names = ["latents", "prompt_embeds"]
     arguments = {"generator": seeded(), "output_type": "latent", **SHORT}
     untouched = pipe("a", callback_on_step_end=look, callback_on_step_end_tensor_inputs=names, **arguments).images
     assert [entry[0] for entry in seen] == list(range(pipe.num_timesteps))
     assert [entry[1] for entry in seen] == pipe.scheduler.timesteps.tolist()
-    shapes = {"latents": (1, *LATENTS), "prompt_embeds": (2, N, WIDTH), "negative_prompt_embeds": (1, N, WIDTH)}
+    shapes = {"latents": (1, *LATENTS), "prompt_embeds": (2, N, WIDTH)}
     assert all(entry[2] == shapes for entry in seen)
 
     arguments["generator"] = seeded()
@@ -648,6 +648,8 @@ def test_a_call_that_cannot_work_is_refused_before_anything_runs(pipe, arguments
         ({"negative_prompt": [["a"], ["b"]]}, "expected 1 for all"),
         ({"generator": [seeded()]}, "expected one torch.Generator"),
         ({"generation_mode": "text"}, "generation_mode"),
+        ({"num_return_sequences": 3, "do_sample": True}, "num_return_sequences: got 3"),
+        ({"negative_prompt_embeds": random_embeds(2)}, "got 2, expected 1 for all"),
     ],
 )
 def test_a_document_that_cannot_be_drawn_is_refused_before_it_is_generated(pipe, arguments, message):

@@ -394,6 +394,13 @@ def test_exif_rotation_is_applied_to_files_only(tmp_path):
         assert load_image(opened).size == (2, 1)
 
 
+def test_a_data_url_gives_what_its_bytes_give():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16)).save(buffer, format="PNG")
+    data_url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    assert load_image(data_url).tobytes() == load_image(buffer.getvalue()).tobytes() == bytes([128] * 12)
+
+
 def test_arrays_are_images():
     array = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     for source in (array, torch.from_numpy(array), array[:, ::-1][:, ::-1]):
