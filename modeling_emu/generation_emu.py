@@ -216,7 +216,11 @@ class EmuGenerationMixin(GenerationMixin):
                 raise ValueError(f"{name}: got one in image mode, expected None: every id is known in advance")
         if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask: got right padding, expected left padding (padding_side='left')")
-        if max_images == 0 and bool((input_ids[:, -1] == self.config.image_start_token_id).any()):
+        if (
+            max_images == 0
+            and input_ids is not None
+            and bool((input_ids[:, -1] == self.config.image_start_token_id).any())
+        ):
             raise ValueError("max_images: got 0 with a prompt that ends in [IMG], expected at least 1")
 
     def _check_length(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -210,6 +210,7 @@ def test_model_folder_with_its_own_code_runs_none_of_it(emu, tmp_path):
         (["[IMG]"], "got special tokens ['[IMG]']"),
         (["a", "--device", "abacus"], "--device: got 'abacus'"),
         (["a", "--mode", "image", "--output", "notes.txt"], "got the file 'notes.txt', expected a folder"),
+        (["a", "--mode", "image", "--output", "notes.txt/drawn"], "notes.txt', expected a folder"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(emu, tmp_path, arguments, message):
@@ -258,18 +259,98 @@ def test_sampling_options_turn_sampling_on():
     assert "do_sample" not in select_options("text", {"num_beams": 5})
 
 
-def test_images_are_written_all_or_none(tmp_path):
-    class Unwritable(Image.Image):
-        def save(self, *args, **kwargs):
-            raise OSError("disk full")
+@pytest.mark.parametrize("length", [360, 5000])
+@pytest.mark.parametrize("ending", ["", ".", ".png"])
+def test_long_sentences_are_text(length, ending):
+    """No file system has names so long; the suffix of the text is what follows its last full stop."""
+    text = "This is a sentence. " + "And on it goes " * (length // 15) + ending
+    if ending == ".png":
+        with pytest.raises(FileNotFoundError, match="expected an existing file"):
+            read_document([text])
+    else:
+        assert read_document([text]) == [{"type": "text", "text": text}]
 
+
+class Unwritable(Image.Image):
+    def save(self, *args, **kwargs):
+        raise OSError("disk full")
+
+
+def test_images_are_written_all_or_none(tmp_path):
     images = [Image.new("RGB", (4, 4)), Unwritable()]
     with pytest.raises(OSError, match="disk full"):
-        write_images(images, tmp_path / "drawn")
-    assert not (tmp_path / "drawn").exists()
+        write_images(images, tmp_path / "new" / "drawn")
+    assert not (tmp_path / "new").exists()
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "image_6.png").touch()
     assert [path.name for path in write_images(images[:1], tmp_path / "drawn")] == ["image_7.png"]
+    with pytest.raises(OSError, match="disk full"):
+        write_images(images, tmp_path / "drawn")
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["image_6.png", "image_7.png"]
+
+
+def test_images_already_placed_are_removed_on_an_error(tmp_path, monkeypatch):
+    """The second of three renames fails, in a folder that was there and in a new one."""
+    replace, calls = os.replace, []
+
+    def fail_at_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk gone")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_at_second)
+    images = [Image.new("RGB", (4, 4))] * 3
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "new"):
+        calls.clear()
+        with pytest.raises(OSError, match="disk gone"):
+            write_images(images, folder)
+    assert list((tmp_path / "old").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_commands_that_share_a_folder_overwrite_nothing(tmp_path):
+    """Several processes at once, each with pictures of its own colour: every path reported holds that colour."""
+    code = (
+        "import sys; from pathlib import Path; from PIL import Image; "
+        "from modeling_emu.cli.documents import write_images; sys.stdin.read(1); "
+        "[print(p) for _ in range(4) for p in write_images([Image.new('L', (4, 4), int(sys.argv[1]))] * 3, Path('d'))]"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(colour)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
+        )
+        for colour in range(4)
+    ]  # fmt: skip
+    for process in processes:
+        process.stdin.write("go")
+        process.stdin.flush()
+    paths = [process.communicate()[0].split() for process in processes]
+    for colour, reported in enumerate(paths):
+        assert len(reported) == 12
+        assert {np.asarray(Image.open(tmp_path / path)).max() for path in reported} == {colour}
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted(
+        Path(path).name for reported in paths for path in reported
+    )
+
+
+def test_no_images_make_no_folder(tmp_path, capsys):
+    print_document([{"type": "text", "text": "a text"}], tmp_path / "outputs")
+    assert capsys.readouterr().out == "a text\n"
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_an_output_that_cannot_be_is_said_before_weights_are_read(emu, encoder_only, monkeypatch):
+    for path in encoder_only.glob("*.safetensors"):
+        path.write_bytes(b"no weights")
+    Path("notes.txt").touch()
+    arguments = ("generate", "a", "-m", encoder_only, "--mode", "interleaved", "-o")
+    assert "notes.txt', expected a folder" in emu(*arguments, "notes.txt/a/b", exit_code=2).stderr
+    monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
+    assert "expected a folder that can be written to" in emu(*arguments, "drawn", exit_code=2).stderr
 
 
 def test_pictures_that_the_safety_checker_made_black_are_said(tmp_path, capsys):

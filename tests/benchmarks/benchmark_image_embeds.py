@@ -25,6 +25,7 @@ from modeling_emu import EmuConfig, EmuForMultimodalGeneration
 
 BOS, PAD, START, END, SLOT = 1, 32000, 32001, 32002, 32003
 IMAGE_SIZE = 28
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}  # of the norm
 PROMPTS = {"12 words": (16, 0), "document with 4 images": (48, 4)}  # text tokens, images
 
 
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
+    torch.set_num_threads(2)
     model = make_model(dtype)
 
     def regress(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -124,6 +126,8 @@ def main() -> None:
         _, expected = measure(regress_published, model, inputs)  # warm-up, and the same numbers
         _, got = measure(regress, inputs)
         error = ((got - expected[:1]).norm() / expected[:1].norm()).item()
+        if error > TOLERANCES[arguments.dtype]:
+            raise SystemExit(f"{name}: the two differ by {error:.1e} of the norm")
         pairs = [
             (measure(regress_published, model, inputs)[0], measure(regress, inputs)[0]) for _ in range(arguments.runs)
         ]
