@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,7 +89,7 @@ def find_files(path: Path) -> list[Path]:
         raise ValueError(f"checkpoint: got {path}, which does not exist, expected a file or a folder")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        names = read_shard_names(indices[0])
         if absent := [name for name in names if not (path / name).is_file()]:
             raise ValueError(f"shards of {path}: got no {', '.join(absent)}, expected every file of {indices[0].name}")
         return [path / name for name in names]
@@ -98,6 +99,22 @@ def find_files(path: Path) -> list[Path]:
             f"weights in {path}: got {[file.name for file in files]}, expected one file, or shards with an index"
         )
     return files
+
+
+def read_shard_names(index: Path) -> list[str]:
+    """Names of the files that an index of shards lists.
+
+    Raises:
+        ValueError: if the index is no JSON, or says nothing of files.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index}: got no JSON ({error}), expected an index of shards") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ValueError(f"{index}: got no file names under 'weight_map', expected an index of shards")
+    return sorted(set(weight_map.values()))
 
 
 def read_torch(file: Path) -> dict[str, torch.Tensor]:
@@ -131,16 +148,35 @@ def read_torch(file: Path) -> dict[str, torch.Tensor]:
         content = content["module"]
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file}: got {type(content).__name__} without entries, expected a state dict of tensors")
-    if others := sorted(str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)):
-        raise ValueError(f"{file}: got entries that are no tensors ({', '.join(others)}), expected tensors only")
+    check_entries(file, content)
     places = {}
     for name, tensor in content.items():
         storage = tensor.untyped_storage()
         if not hasattr(storage, "_checkpoint_offset"):
             raise ValueError(f"torch: got {torch.__version__}, expected 2.7 or newer, which says where a tensor lies")
+        if storage._checkpoint_offset is None:
+            raise ValueError(f"{file}: got {name} without data (saved on the meta device), expected numbers")
         start = storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
         places[name] = Place(tensor.dtype, tuple(tensor.shape), tensor.stride(), start)
     return map_tensors(file, places)
+
+
+def check_entries(file: Path, content: Mapping[Any, Any]) -> None:
+    """Refuse a state dict with entries that cannot be mapped, or cannot be written as safetensors.
+
+    Raises:
+        ValueError: lists the entries that are no tensors, not named by text, sparse, or of an unknown dtype.
+    """
+    if others := sorted(str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)):
+        raise ValueError(f"{file}: got entries that are no tensors ({', '.join(others)}), expected tensors only")
+    if others := sorted(repr(key) for key in content if not isinstance(key, str)):
+        raise ValueError(f"{file}: got the keys {', '.join(others)}, expected text")
+    if others := sorted(f"{key} {value.layout}" for key, value in content.items() if value.layout != torch.strided):
+        raise ValueError(f"{file}: got {', '.join(others)}, expected dense tensors")
+    if others := sorted(
+        f"{key} {value.dtype}" for key, value in content.items() if value.dtype not in SAFETENSORS_DTYPES
+    ):
+        raise ValueError(f"{file}: got {', '.join(others)}, expected {', '.join(map(str, SAFETENSORS_DTYPES))}")
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

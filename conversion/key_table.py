@@ -4,7 +4,7 @@ Names only; what happens to the numbers is in `surgery.py`. "{}" stands for a la
 of several tensors that `surgery.py` joins into `weight`. None is a key that is dropped on purpose. A key of Emu-I is
 first brought to base Emu's form (`canonical_name`), so that the table says everything once.
 
-Source: published_emu key list: `Emu1/models/modeling_emu.py`, `causal_former.py`, `modeling_llama.py`; peft 0.4 for the
+Source: baaivision/Emu, `Emu1/models/modeling_emu.py`, `causal_former.py`, `modeling_llama.py`; peft 0.4 for the
 adapter's names.
 """
 

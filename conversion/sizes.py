@@ -119,8 +119,8 @@ def read_text_config(folder: Path) -> PreTrainedConfig:
     content = read_json(folder / "config.json")
     if (model_type := content.get("model_type")) != "llama":
         raise ValueError(f"{folder / 'config.json'}: got model_type {model_type!r}, expected 'llama'")
-    kept = ("_name_or_path", "architectures", "torch_dtype", "transformers_version", "model_type")
-    return LlamaConfig(**{name: value for name, value in content.items() if name not in kept})
+    left_out = ("_name_or_path", "architectures", "torch_dtype", "transformers_version", "model_type")
+    return LlamaConfig(**{name: value for name, value in content.items() if name not in left_out})
 
 
 def build_config(

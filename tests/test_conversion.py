@@ -481,6 +481,29 @@ def test_what_is_no_checkpoint_is_refused(pretrain, kind, message):
     assert not (pretrain.folder / "exploded").exists()
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"ln_visual.bias": torch.eye(36).to_sparse()}, "ln_visual.bias torch.sparse_coo, expected dense"),
+        ({"ln_visual.bias": torch.ones(36).to(torch.float8_e4m3fn)}, "ln_visual.bias torch.float8_e4m3fn, expected"),
+        ({"ln_visual.bias": torch.ones(36, device="meta")}, "ln_visual.bias without data"),
+        ({7: torch.ones(36)}, "the keys 7, expected text"),
+    ],
+    ids=["sparse", "float8", "meta", "number as key"],
+)
+def test_entries_that_no_weight_can_be_are_refused(pretrain, entry, message):
+    file = pretrain.save(make_state_dict(PRETRAIN) | entry)
+    refusal = pretrain.refuse(file)
+    assert message in refusal
+    assert str(file) in refusal
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map"'])
+def test_a_broken_index_is_refused_by_name(pretrain, tmp_path, content):
+    (tmp_path / "Emu.safetensors.index.json").write_text(content)
+    assert "Emu.safetensors.index.json" in pretrain.refuse(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text"])
 def test_damaged_safetensors_are_refused(pretrain, kind):
     file = pretrain.folder / "Emu.safetensors"
