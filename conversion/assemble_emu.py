@@ -40,7 +40,7 @@ from conversion.decoder import check_decoder, convert_decoder, renew_condition
 from conversion.key_table import list_keys, plan_conversion
 from conversion.sizes import build_config
 from conversion.tokenizer import add_emu_tokens
-from conversion.weights import check_shapes, convert_state_dict, write_json, write_shards
+from conversion.weights import check_shapes, convert_state_dict, parse_shard_size, write_json, write_shards
 from modeling_emu.configuration_emu import EmuConfig
 from modeling_emu.hub.outputs import check_output, whole_folder
 from modeling_emu.hub.repository import check_repository, write_repository_files
@@ -183,6 +183,7 @@ def assemble(
         OSError: if the disk is full.
     """
     check_output(output)
+    shard_bytes = parse_shard_size(max_shard_size)
     components = check_decoder(decoder, condition_size=None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(language_model, local_files_only=True)
@@ -209,7 +210,7 @@ def assemble(
         del parameters[HEAD]
 
     with whole_folder(output) as folder:
-        write_shards(folder, meta_tensors(parameters), parameters.__getitem__, "model", max_shard_size)
+        write_shards(folder, meta_tensors(parameters), parameters.__getitem__, "model", shard_bytes)
         files = convert_decoder(decoder, folder, components, dtype)
         renewed = renew_condition(folder, config.text_config.hidden_size, seed)
         processor = build_processor(config, tokenizer)

@@ -22,8 +22,10 @@ import json
 import mmap
 import pickle
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,4 +304,18 @@ def compute_sha256(files: Iterable[Path], folder: Path | None = None) -> dict[st
         with file.open("rb") as stream:
             name = file.relative_to(folder).as_posix() if folder else file.name
             hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def start_sha256(files: Iterable[Path]) -> Future[dict[str, str]]:
+    """`compute_sha256` beside other work; an error elsewhere does not wait for it to end, nor does the process."""
+    hashes: Future[dict[str, str]] = Future()
+
+    def run() -> None:
+        try:
+            hashes.set_result(compute_sha256(files))
+        except BaseException as error:  # raised again where the result is asked for
+            hashes.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
     return hashes

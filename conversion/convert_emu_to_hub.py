@@ -28,7 +28,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,14 @@ import transformers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 import modeling_emu
-from conversion.checkpoint import Checkpoint, compute_sha256, meta_tensors, open_checkpoint, read_safetensors
+from conversion.checkpoint import (
+    Checkpoint,
+    compute_sha256,
+    meta_tensors,
+    open_checkpoint,
+    read_safetensors,
+    start_sha256,
+)
 from conversion.decoder import check_decoder, convert_decoder
 from conversion.key_table import (
     EMBEDDING_KEY,
@@ -58,6 +64,7 @@ from conversion.weights import (
     check_shapes,
     compare_weights,
     convert_state_dict,
+    parse_shard_size,
     write_adapter_config,
     write_json,
     write_weights,
@@ -207,17 +214,18 @@ def convert(
         OSError: if the disk is full.
     """
     check_output(output)
+    shard_bytes = parse_shard_size(max_shard_size)
     config, source, dtype = conversion.config, conversion.source, conversion.dtype
     components = check_decoder(decoder, config.text_config.hidden_size) if decoder else []
-    with whole_folder(output) as folder, ThreadPoolExecutor(max_workers=1) as executor:
+    with whole_folder(output) as folder:
         beside = [file for name in components for file in (decoder / name).iterdir()] if decoder else []
         num_bytes = count_bytes(conversion.layout.values()) + sum(file.stat().st_size for file in beside)
-        check_free_space(folder, num_bytes + SMALL_FILES_BYTES)
+        check_free_space(output, num_bytes + SMALL_FILES_BYTES)
         started = time.perf_counter()
-        hashes = executor.submit(compute_sha256, source.files)  # whoever reads second finds the pages in the cache
-        write_weights(folder, source.tensors, conversion.plan, dtype, "model", max_shard_size)
+        hashes = start_sha256(source.files)  # whoever reads second finds the pages in the cache
+        write_weights(folder, source.tensors, conversion.plan, dtype, "model", shard_bytes)
         if conversion.adapter.parts:
-            write_adapter(folder / ADAPTER_FOLDER, conversion, max_shard_size)
+            write_adapter(folder / ADAPTER_FOLDER, conversion, shard_bytes)
         decoder_files = convert_decoder(decoder, folder, components, dtype) if decoder else []
         processor = build_processor(config, conversion.tokenizer)
         write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{config.variant}.md")
@@ -245,7 +253,7 @@ def build_processor(config: EmuConfig, tokenizer: PreTrainedTokenizerBase) -> Em
     )
 
 
-def write_adapter(folder: Path, conversion: Conversion, max_shard_size: int | str) -> None:
+def write_adapter(folder: Path, conversion: Conversion, max_shard_size: int) -> None:
     """Write the LoRA of Emu-I as a folder that PEFT loads onto the model."""
     folder.mkdir()
     source, adapter = conversion.source.tensors, conversion.adapter

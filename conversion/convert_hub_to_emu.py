@@ -104,7 +104,7 @@ def convert(folder: Path, output: Path) -> dict[str, torch.Tensor]:
     for name in find_key_bias(model):
         print(f"left out: the key part of {name}; the output does not depend on it")
     with whole_file(output) as partial:
-        check_free_space(partial.parent, sum(tensor.nbytes for tensor in published.values()))
+        check_free_space(output, sum(tensor.nbytes for tensor in published.values()))
         with partial.open("wb") as stream:  # a stream of ours says why it cannot be written
             try:
                 torch.save({key: own_storage(tensor) for key, tensor in published.items()}, stream)

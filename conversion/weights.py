@@ -14,6 +14,7 @@
 """From a mapped published state dict to the model's weights: mapping, checking, writing, comparing."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from conversion.key_table import Plan, list_keys
 from conversion.surgery import LORA_ALPHA, join_parts
 
 
+SIZE_UNITS = {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LORA_DROPOUT = 0.05  # published training recipe
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"  # the causal former has such names too
 
@@ -90,7 +92,7 @@ def write_weights(
     plan: Plan,
     dtype: torch.dtype | None,
     stem: str,
-    max_shard_size: int | str,
+    max_shard_size: int,
 ) -> None:
     """Write the tensors of a plan, each checked to be finite; the other arguments are those of `write_shards`.
 
@@ -120,7 +122,7 @@ def write_shards(
     layout: Mapping[str, torch.Tensor],
     build: Callable[[str], torch.Tensor],
     stem: str,
-    max_shard_size: int | str,
+    max_shard_size: int,
 ) -> None:
     """Write tensors as safetensors, in shards with an index where one file is not enough.
 
@@ -129,7 +131,7 @@ def write_shards(
         layout: name, shape and dtype of each tensor, on the meta device.
         build: gives the tensor of a name.
         stem: what the file names begin with: "model", "adapter_model".
-        max_shard_size: of one file, in bytes or such as "5GB".
+        max_shard_size: of one file, in bytes.
     """
     pattern = f"{stem}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(dict(layout), filename_pattern=pattern, max_shard_size=max_shard_size)
@@ -139,6 +141,19 @@ def write_shards(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def parse_shard_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB" or "100 kb"; a number alone is bytes.
+
+    Raises:
+        ValueError: if it is no size, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", str(size).strip().upper())
+    num_bytes = int(float(match[1]) * SIZE_UNITS[match[2]]) if match else 0
+    if num_bytes < 1:
+        raise ValueError(f"--max-shard-size: got {size}, expected a positive size such as 5GB, 500MB or 100KB")
+    return num_bytes
 
 
 def write_adapter_config(folder: Path, rank: int) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conversion import convert_hub_to_emu
+from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.convert_emu_to_hub import main as convert_emu_to_hub
 from conversion.key_table import KEY_TABLE, canonical_name, peft_name
 from conversion.surgery import fuse_qkv_bias, merge_lora, split_qkv_bias
@@ -596,7 +597,27 @@ def test_a_disk_that_fills_up_leaves_nothing(pretrain, script):
 def test_a_disk_that_is_too_small_is_seen_before_writing(pretrain, monkeypatch):
     usage = type("usage", (), {"free": 100_000_000 - (64 << 20)})
     monkeypatch.setattr("modeling_emu.hub.outputs.shutil.disk_usage", lambda folder: usage)
-    assert "free disk space" in pretrain.refuse(pretrain.save(make_state_dict(PRETRAIN)))
+    assert f"free disk space for {pretrain.output}: " in pretrain.refuse(pretrain.save(make_state_dict(PRETRAIN)))
+
+
+@pytest.mark.parametrize("size", ["0", "0GB", "-5GB", "0.1", "5 apples", "nanGB"])
+def test_a_shard_size_that_is_none_is_refused(pretrain, size):
+    assert f"--max-shard-size: got {size}, " in pretrain.refuse(
+        pretrain.save(make_state_dict(PRETRAIN)), f"--max-shard-size={size}"
+    )
+
+
+def test_what_is_refused_does_not_wait_for_the_checksum(pretrain, monkeypatch):
+    """The file is a pipe that nobody writes to: reading it never ends."""
+    state_dict = make_state_dict(PRETRAIN)
+    state_dict["ln_visual.weight"] = with_value(state_dict["ln_visual.weight"], torch.nan)
+    source = pretrain.save(state_dict)
+    pipe = pretrain.folder / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(
+        "conversion.convert_emu_to_hub.open_checkpoint", lambda path: Checkpoint(open_checkpoint(path).tensors, [pipe])
+    )
+    assert "NaN" in pretrain.refuse(source)
 
 
 def test_the_script_runs_from_a_checkout(pretrain):

@@ -26,17 +26,19 @@ from filelock import FileLock, Timeout
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_free_space(folder: Path, num_bytes: int) -> None:
+def check_free_space(output: Path, num_bytes: int) -> None:
     """Refuse to start what cannot end.
 
+    Args:
+        output: what will be written, in a folder that exists.
+        num_bytes: its size.
+
     Raises:
-        OSError: if the disk of `folder` has fewer than `num_bytes` bytes left.
+        OSError: if the disk has fewer bytes left.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(output.absolute().parent).free
     if free < num_bytes:
-        raise OSError(
-            f"free disk space: got {free / 1e9:.2f} GB, expected {num_bytes / 1e9:.2f} GB in {folder.parent}"
-        )
+        raise OSError(f"free disk space for {output}: got {free / 1e9:.2f} GB, expected {num_bytes / 1e9:.2f} GB")
 
 
 def check_output(output: Path) -> None:
