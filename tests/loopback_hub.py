@@ -135,7 +135,14 @@ def make_handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             elif not file.is_file():
                 self.refuse("EntryNotFound")
             else:
-                self.answer(file.read_bytes(), ETag=f'"{get_etag(file)}"', X_Repo_Commit=hub.get_commit(repository))
+                headers = {"ETag": f'"{get_etag(file)}"', "X_Repo_Commit": hub.get_commit(repository)}
+                content = file.read_bytes()
+                if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                    first, last = int(match[1]), min(int(match[2]), len(content) - 1)
+                    headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
+                    self.answer(content[first : last + 1], 206, **headers)
+                else:
+                    self.answer(content, **headers)
 
         def do_POST(self) -> None:
             path = unquote(urlsplit(self.path).path)

@@ -11,15 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import convert_golden
 from loopback_hub import LoopbackHub
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from modeling_emu import EmuConfig, EmuForMultimodalGeneration
 from modeling_emu.cli import app
 from modeling_emu.cli.demo import make_sheet
 from modeling_emu.cli.documents import read_document, write_images
-from modeling_emu.cli.generate import print_document, select_options
-from modeling_emu.cli.info import compute_cache_bytes, compute_memory, count_parameters, smallest_card_gb
+from modeling_emu.cli.generate import encode_prompt, print_document, select_options
+from modeling_emu.cli.info import (
+    PartSize,
+    compute_cache_bytes,
+    compute_memory,
+    count_parameters,
+    read_all_shapes,
+    smallest_card_gb,
+)
 from modeling_emu.cli.loading import EMU_TINY, find_model, load_model, load_processor
 
 
@@ -69,6 +80,14 @@ def encoder_only(tmp_path):
     folder = tmp_path / "encoder-only"
     ignored = shutil.ignore_patterns("unet", "vae", "scheduler", "model_index.json")
     return shutil.copytree(EMU_TINY, folder, ignore=ignored)
+
+
+@pytest.fixture(scope="module")
+def converted_adapter(tmp_path_factory):
+    """The repository of golden Emu-I with its LoRA beside the weights. Not to be changed."""
+    return convert_golden(
+        "instruct/Emu-instruct.pt", tmp_path_factory.mktemp("adapter") / "instruct", "--lora=adapter"
+    )
 
 
 def test_help_is_quick():
@@ -169,16 +188,22 @@ def test_a_model_of_the_hub_is_downloaded_as_far_as_needed(tmp_path):
             return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
 
         assert run("--model", "org/emu", "--max-new-tokens", "2").returncode == 0
-        files = {path.name for path in (tmp_path / "home").rglob("snapshots/*/*")}
-        assert "model.safetensors" in files
-        assert files.isdisjoint({"unet", "vae", "modeling_emu.py"})
+        [snapshot] = (tmp_path / "home").rglob("snapshots/*")
+        weights = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.safetensors")]
+        assert weights == ["model.safetensors"]
+        assert not {path.name for path in snapshot.iterdir()} & {"vae", "modeling_emu.py"}
 
         assert run("--model", "org/emu", "--mode", "image", "--steps", "1").stdout == "outputs/image_0.png\n"
 
         unknown = run("--model", "org/nothing")
+        (repository / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (repository / "model.safetensors").write_bytes(b"to be left where they are")
+        other = run("--model", "org/emu")
     assert unknown.returncode == 2
     assert "org/nothing" in unknown.stderr.splitlines()[-1]
     assert "Traceback" not in unknown.stderr
+    assert "got 'llama', expected 'emu'" in other.stderr.splitlines()[-1]
+    assert not any(b"to be left" in path.read_bytes() for path in (tmp_path / "home").rglob("blobs/*"))
 
 
 def test_model_folder_with_its_own_code_runs_none_of_it(emu, tmp_path):
@@ -371,7 +396,7 @@ def test_sheet_holds_all_pictures():
 
 def test_info_counts_what_the_networks_have(emu):
     model = load_model(EMU_TINY)
-    parts = count_parameters(EMU_TINY)
+    parts = count_parameters(read_all_shapes(EMU_TINY))
     encoder = [parts[name].num_parameters for name in parts if name not in ("U-Net", "VAE", "safety checker")]
     assert sum(encoder) == sum(parameter.numel() for parameter in model.parameters())
     assert parts["language model"].num_quantisable == sum(
@@ -391,20 +416,130 @@ def test_info_of_a_folder_without_weights_is_an_error(emu, encoder_only):
 
 
 def test_memory_of_the_published_sizes():
-    """13.0 B parameters of LLaMA-1 13B, of which 12.7 B are in linear layers; figures by hand."""
-    from modeling_emu import EmuConfig
-    from modeling_emu.cli.info import PartSize
+    """The whole published model without memory for it; the counts are those of its description, the bytes by hand."""
+    with torch.device("meta"):
+        model = EmuForMultimodalGeneration(EmuConfig())
+    parts = count_parameters({"": {name: parameter.shape for name, parameter in model.named_parameters()}})
+    counts = {name: part.num_parameters for name, part in parts.items()}
+    assert sum(counts.values()) == 14_182_355_456
+    assert counts["text head"] == 32_004 * 5120
+    assert counts["regression head"] == 5120**2
+    linear = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    assert parts["language model"].num_quantisable == linear
+    assert counts["language model"] == linear + 32_004 * 5120 + (2 * 40 + 1) * 5120
+    kept = 14_182_355_456 - linear
+    assert compute_memory(parts) == {
+        "float32": 56_729_421_824,
+        "bfloat16": 28_364_710_912,
+        "int8": 2 * kept + linear,
+        "nf4": 2 * kept + linear // 2 + linear // 64 * 4,
+    }
+    cache = compute_cache_bytes(model.config.text_config)
+    assert cache == 2 * 40 * 40 * 128 * 2048 * 2
+    assert [smallest_card_gb(weights + cache) for weights in compute_memory(parts).values()] == [80, 40, 24, 16]
 
+
+def test_memory_counts_what_is_quantised_apart():
     memory = compute_memory({"language model": PartSize(1000, 640), "heads": PartSize(24)})
     assert memory == {"float32": 4096, "bfloat16": 2048, "int8": 2 * 384 + 640, "nf4": 2 * 384 + 360}
-    text_config = EmuConfig().text_config
-    assert compute_cache_bytes(text_config) == 2 * 40 * 40 * 128 * 2048 * 2
     assert smallest_card_gb(int(7.2e9)) == 8
     assert smallest_card_gb(int(7.3e9)) == 12
     assert smallest_card_gb(int(1e12)) is None
 
 
+def test_info_of_a_model_of_the_hub_reads_headers_only(tmp_path, converted_adapter):
+    """The same tables as of the folder, decoder and adapter included; of every weight file a range was asked for."""
+    repository = tmp_path / "hub" / "org" / "emu"
+    shutil.copytree(converted_adapter, repository)
+    for part in ("unet", "vae"):
+        shutil.copytree(EMU_TINY / part, repository / part)
+    shutil.copyfile(EMU_TINY / "model_index.json", repository / "model_index.json")
+    with LoopbackHub(tmp_path / "hub") as hub:
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.endpoint}
+
+        def describe(model):
+            command = [*COMMAND, "info", str(model)]
+            return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+        assert describe("org/emu") == describe(repository)
+    requests = [request for request in hub.requests if ".safetensors" in request]
+    assert len(requests) >= 4
+    assert all('" 206 ' in request for request in requests), requests
+    assert not [path for path in (tmp_path / "home").rglob("snapshots/*/**/*") if path.suffix == ".safetensors"]
+
+
+def test_an_adapter_beside_the_weights_tunes_the_model(converted_instruct, converted_adapter):
+    """Both forms of the same checkpoint say the same, and what is not loaded would be seen: the adapter changes much."""
+    document = [{"type": "text", "text": "Describe the picture."}]
+    inputs = encode_prompt(load_processor(converted_adapter), document)
+    merged, adapted = load_model(converted_instruct), load_model(converted_adapter)
+    untuned = EmuForMultimodalGeneration.from_pretrained(converted_adapter).eval()
+    expected, got, without = (model(**inputs).logits.detach() for model in (merged, adapted, untuned))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # W + BA, added up in another order
+    assert (without - expected).abs().max() > 1e-2
+    assert not adapted.training
+    assert load_model(converted_adapter, dtype="bfloat16")(**inputs.to(torch.bfloat16)).logits.dtype == torch.bfloat16
+
+
+def test_the_command_uses_and_counts_an_adapter(emu, converted_instruct, converted_adapter):
+    arguments = ("generate", "Describe the picture.", "--max-new-tokens", 8, "--num-beams", 2, "--model")
+    assert emu(*arguments, converted_adapter).stdout == emu(*arguments, converted_instruct).stdout
+    parts = count_parameters(read_all_shapes(converted_adapter))
+    rank = json.loads((converted_adapter / "adapter" / "adapter_config.json").read_text())["r"]
+    config = json.loads((converted_adapter / "config.json").read_text())["text_config"]
+    pairs = 4 * config["num_hidden_layers"]
+    assert parts["adapter"] == PartSize(pairs * rank * 2 * config["hidden_size"])
+    output = emu("info", converted_adapter).stdout
+    assert f"LORA of rank {rank}" in output
+    assert f"{parts['adapter'].num_parameters:,}" in output
+
+
+def test_an_adapter_without_peft_is_an_error(emu, converted_adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    error = emu("generate", "a text", "--model", converted_adapter, exit_code=2).stderr.splitlines()[-1]
+    assert error.startswith("emu: peft: got none, expected it for the adapter in")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("lm_head.weight"), "without 1 tensors (lm_head.weight)"),
+        (lambda weights: weights.update(extra=torch.zeros(2)), "with unknown 1 tensors (extra)"),
+    ],
+)
+def test_weights_of_another_model_are_refused(emu, encoder_only, change, message):
+    weights = load_file(encoder_only / "model.safetensors")
+    change(weights)
+    save_file(weights, encoder_only / "model.safetensors", metadata={"format": "pt"})
+    result = emu("generate", "a text", "--model", encoder_only, exit_code=2)
+    assert message in result.stderr.splitlines()[-1]
+    assert len(result.stderr.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "{}", "[1]", "{"])
+@pytest.mark.parametrize("command", [("info",), ("generate", "a text", "--model")], ids=["info", "generate"])
+def test_a_folder_of_another_model_is_refused(emu, encoder_only, content, command):
+    (encoder_only / "config.json").write_text(content)
+    error = emu(*command, encoder_only, exit_code=2).stderr.splitlines()[-1]
+    assert "config.json: got" in error
+    assert "mu" in error.partition("expected")[2]
+
+
+@pytest.mark.parametrize("entry", [["diffusers", "NoSuchNetwork"], [None, None], None])
+@pytest.mark.parametrize("component", ["unet", "vae", "scheduler"])
+def test_an_unknown_class_in_the_index_is_refused(emu, tmp_path, component, entry):
+    folder = shutil.copytree(EMU_TINY, tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text())
+    index[component] = entry
+    if entry is None:
+        del index[component]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    error = emu("generate", "a text", "--mode", "image", "--model", folder, exit_code=2).stderr.splitlines()[-1]
+    assert error == f"emu: {component} in model_index.json: got {entry}, expected a class of diffusers"
+
+
 def test_find_model_prefers_a_folder(tmp_path):
     assert find_model(None, with_decoder=True) == EMU_TINY
-    (tmp_path / "config.json").write_text(json.dumps({}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "emu"}))
     assert find_model(str(tmp_path), with_decoder=False) == tmp_path

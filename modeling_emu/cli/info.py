@@ -1,7 +1,9 @@
 """`emu info`: what a model folder holds and what it needs, from its configuration and the headers of its weights."""
 
 import json
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,8 @@ import typer
 from .reporting import progress, reports_errors
 
 
+Shapes = dict[str, Sequence[int]]  # of the tensors in one folder, by name
+
 # Prefix of a tensor's name -> part of the model.
 ENCODER_PARTS = {
     "model.vision_model.": "vision tower",
@@ -19,7 +23,8 @@ ENCODER_PARTS = {
     "lm_head.": "text head",
     "regression_head.": "regression head",
 }
-DECODER_PARTS = {"unet": "U-Net", "vae": "VAE", "safety_checker": "safety checker"}
+# Subfolder with weights -> part of the model.
+PART_OF_FOLDER = {"adapter": "adapter", "unet": "U-Net", "vae": "VAE", "safety_checker": "safety checker"}
 CARD_SIZES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 # What a card must keep free beside weights and cache: activations, the driver, fragments.
 FREE_SHARE = 0.1
@@ -40,7 +45,7 @@ class PartSize:
     num_quantisable: int = 0
 
 
-def read_shapes(folder: Path) -> dict[str, list[int]]:
+def read_shapes(folder: Path) -> Shapes:
     """Read names and shapes of all tensors in a folder's safetensors files, without their values.
 
     Raises:
@@ -48,7 +53,7 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
     """
     from safetensors import safe_open
 
-    shapes: dict[str, list[int]] = {}
+    shapes: Shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as tensors:
             shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
@@ -57,33 +62,55 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def count_parameters(folder: Path) -> dict[str, PartSize]:
-    """Count the parameters of each part of a model folder, from the files that are there."""
+def read_all_shapes(folder: Path) -> dict[str, Shapes]:
+    """Read the shapes of a model folder: under "" those at its root, under a subfolder's name those of a part."""
+    return {name: read_shapes(folder / name) for name in ("", *PART_OF_FOLDER) if (folder / name).is_dir()}
+
+
+def fetch_all_shapes(repository: str) -> dict[str, Shapes]:
+    """As `read_all_shapes` for a repository of the Hub, of whose weights only the headers are read.
+
+    Raises:
+        ValueError: if there are no weights at its root.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    shapes: dict[str, Shapes] = {}
+    for file in api.list_repo_files(repository):
+        folder, _, name = file.rpartition("/")
+        if name.endswith(".safetensors") and folder in ("", *PART_OF_FOLDER):
+            tensors = api.parse_safetensors_file_metadata(repository, file).tensors
+            shapes.setdefault(folder, {}).update((name, tensor.shape) for name, tensor in tensors.items())
+    if "" not in shapes:
+        raise ValueError(f"weights: got no *.safetensors in {repository!r}, expected at least one")
+    return shapes
+
+
+def count_parameters(shapes: dict[str, Shapes]) -> dict[str, PartSize]:
+    """Count the parameters of each part of a model, from shapes as `read_all_shapes` gives them.
+
+    Raises:
+        ValueError: if a tensor at the root belongs to no part.
+    """
     totals: Counter[str] = Counter()
     quantisable: Counter[str] = Counter()
-    for name, shape in read_shapes(folder).items():
+    for name, shape in shapes[""].items():
         part = next((part for prefix, part in ENCODER_PARTS.items() if name.startswith(prefix)), None)
         if part is None:
-            raise ValueError(f"weights of {str(folder)!r}: got the tensor {name!r}, expected names of Emu's parts")
-        size = _product(shape)
+            raise ValueError(f"weights: got the tensor {name!r}, expected names of Emu's parts")
+        size = math.prod(shape)
         totals[part] += size
         if name.startswith("model.language_model.layers.") and len(shape) == 2:
             quantisable[part] += size
-    for subfolder, part in DECODER_PARTS.items():
-        if (folder / subfolder).is_dir():
-            totals[part] = sum(_product(shape) for shape in read_shapes(folder / subfolder).values())
+    for folder, part in PART_OF_FOLDER.items():
+        if folder in shapes:
+            totals[part] = sum(map(math.prod, shapes[folder].values()))
     return {
         part: PartSize(totals[part], quantisable[part])
-        for part in (*ENCODER_PARTS.values(), *DECODER_PARTS.values())
+        for part in (*ENCODER_PARTS.values(), *PART_OF_FOLDER.values())
         if part in totals
     }
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def compute_memory(parts: dict[str, PartSize]) -> dict[str, int]:
@@ -121,9 +148,15 @@ def describe_sizes(config: Any, folder: Path) -> dict[str, str]:
         "language model": f"{text.model_type}, {text.num_hidden_layers} layers x {text.hidden_size}, "
         f"{text.vocab_size:,} tokens, {text.max_position_embeddings:,} positions",
     }
+    adapter = folder / "adapter" / "adapter_config.json"
+    if adapter.is_file():
+        adapter_config = json.loads(adapter.read_text(encoding="utf-8"))
+        sizes["adapter"] = (
+            f"{adapter_config['peft_type']} of rank {adapter_config['r']}, beside the weights: loading it needs peft"
+        )
     unet = folder / "unet" / "config.json"
     if unet.is_file():
-        unet_config = json.loads(unet.read_text())
+        unet_config = json.loads(unet.read_text(encoding="utf-8"))
         sizes["visual decoder"] = (
             f"U-Net {'/'.join(map(str, unet_config['block_out_channels']))}, reads width "
             f"{unet_config['cross_attention_dim']}"
@@ -135,16 +168,19 @@ def describe_sizes(config: Any, folder: Path) -> dict[str, str]:
 
 @reports_errors
 def info(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder.")],
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder or Hub id.")],
 ) -> None:
-    """Say what a model folder holds: variant, sizes, parameters, memory by dtype, and what a GPU needs."""
+    """Say what a model holds: variant, sizes, parameters, memory by dtype, and what a GPU needs.
+
+    Of a model on the Hub, configurations and the headers of the weights are read, not the weights.
+    """
     with progress("Reading the headers"):
         from ..configuration_emu import EmuConfig
-        from .loading import find_model
+        from .loading import find_configuration, is_folder
 
-        folder = find_model(model, with_decoder=False)
+        folder = find_configuration(model)
         config = EmuConfig.from_pretrained(folder)
-        parts = count_parameters(folder)
+        parts = count_parameters(read_all_shapes(folder) if is_folder(model) else fetch_all_shapes(model))
     _print_tables(describe_sizes(config, folder), parts, compute_cache_bytes(config.text_config))
 
 

@@ -3,10 +3,14 @@
 A repository's copy of the code is never run, so no trust has to be asked for.
 """
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..hub.repository import ADAPTER_FOLDER
 
 
 if TYPE_CHECKING:
@@ -19,6 +23,20 @@ if TYPE_CHECKING:
 EMU_TINY = Path(__file__).parents[1] / "emu_tiny"
 UNTRAINED = "untrained"  # config.variant of a model that only shows how things work
 
+# What commands read of a Hub repository, as its patterns.
+CONFIGURATION_FILES = ["config.json", "model_index.json", "unet/config.json", f"{ADAPTER_FOLDER}/adapter_config.json"]
+ENCODER_FILES = [
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "model.safetensors*",
+    "model-*.safetensors",
+    f"{ADAPTER_FOLDER}/*",
+]
+DECODER_FILES = ["model_index.json", "unet/*", "vae/*", "scheduler/*", "safety_checker/*", "feature_extractor/*"]
+
 
 def find_model(model: str | None, *, with_decoder: bool) -> Path:
     """Give the local folder of a model, after downloading it where it is a Hub id.
@@ -30,29 +48,56 @@ def find_model(model: str | None, *, with_decoder: bool) -> Path:
     Raises:
         ValueError: if it is neither, or if the folder has no Emu, or no visual decoder although it is needed.
     """
-    folder = EMU_TINY if model is None else Path(model)
-    if model is not None and not folder.exists():
-        folder = _download(model, with_decoder=with_decoder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model: got {str(folder)!r}, expected a folder with the config.json of an Emu")
+    folder = find_configuration(str(EMU_TINY) if model is None else model)
     if with_decoder and not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"--model: got {str(folder)!r}, which has no visual decoder (model_index.json, unet/, vae/), "
+            f"--model: got {model!r}, which has no visual decoder (model_index.json, unet/, vae/), "
             "expected one to draw images; --mode text works without"
         )
+    if model is None or is_folder(model):
+        return folder
+    return _download(model, [*ENCODER_FILES, *(DECODER_FILES if with_decoder else [])])
+
+
+def find_configuration(model: str) -> Path:
+    """Give the local folder of a model, after downloading its configurations alone where it is a Hub id.
+
+    Raises:
+        ValueError: if it is neither, or if its config.json is not that of an Emu.
+    """
+    folder = Path(model) if is_folder(model) else _download(model, CONFIGURATION_FILES)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"--model: got {model!r}, expected a folder with the config.json of an Emu")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config_file}: got no model_type, expected the configuration of an Emu") from error
+    if model_type != "emu":
+        raise ValueError(f"model_type in {config_file}: got {model_type!r}, expected 'emu'")
     return folder
 
 
-def _download(repository: str, *, with_decoder: bool) -> Path:
+def is_folder(model: str) -> bool:
+    """Whether `model` is a folder of this machine, refusing what is neither that nor the form of a Hub id.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if os.path.isdir(model):
+        return True
+    parts = Path(model).parts
+    if os.path.exists(model) or len(parts) != 2 or parts[0] in (".", "..", "~", "/"):
+        raise ValueError(f"--model: got {model!r}, expected an existing folder or a Hub id such as 'org/emu'")
+    return False
+
+
+def _download(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HFValidationError
 
-    parts = Path(repository).parts
-    if len(parts) != 2 or parts[0] in (".", "..", "~", "/"):
-        raise ValueError(f"--model: got {repository!r}, expected an existing folder or a Hub id such as 'org/emu'")
-    ignored = ["*.py", "*.md", *([] if with_decoder else ["*/*"])]
     try:
-        return Path(snapshot_download(repository, ignore_patterns=ignored))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except HFValidationError as error:
         raise ValueError(f"--model: got {repository!r}, expected a folder or a Hub id ({error})") from error
 
@@ -105,37 +150,83 @@ def load_processor(folder: Path) -> "EmuProcessor":
 
 
 def load_model(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuForMultimodalGeneration":
-    """Load the Emu of a folder, ready to generate."""
+    """Load the Emu of a folder, with the adapter that stands beside it, ready to generate.
+
+    Raises:
+        ValueError: if the weights are not those of the model, all of them and no others.
+        ImportError: if there is an adapter, and no peft to load it.
+    """
     from transformers.utils import logging
 
     from ..modeling_emu import EmuForMultimodalGeneration
 
     logging.disable_progress_bar()
-    return EmuForMultimodalGeneration.from_pretrained(folder, dtype=dtype, device_map={"": pick_device(device)}).eval()
+    with without_hints():  # a table of what is missing, which is refused here
+        model, found = EmuForMultimodalGeneration.from_pretrained(
+            folder, dtype=dtype, device_map={"": pick_device(device)}, output_loading_info=True
+        )
+    _check_keys(folder, found["missing_keys"], found["unexpected_keys"])
+    if (folder / ADAPTER_FOLDER).is_dir():
+        _load_adapter(model, folder)
+    return model.eval()
+
+
+def _load_adapter(model: "EmuForMultimodalGeneration", folder: Path) -> None:
+    """Load the adapter of a repository whose LoRA was not merged; without it, the model would be the untuned one."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"peft: got none, expected it for the adapter in {folder / ADAPTER_FOLDER} (pip install peft)"
+        ) from error
+    with without_hints():
+        found = model.load_adapter(str(folder), adapter_kwargs={"subfolder": ADAPTER_FOLDER})
+    _check_keys(folder / ADAPTER_FOLDER, found.missing_keys, found.unexpected_keys)
+
+
+def _check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse weights that lack tensors, which would be random, or have others, which would be dropped."""
+    problems = [
+        f"{what} {len(names)} tensors ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("without", list(missing)), ("with unknown", list(unexpected)))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"weights in {folder}: got them {' and '.join(problems)}, expected exactly the model's")
 
 
 def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "EmuPipeline":
-    """Load a folder's Emu, processor and visual decoder as one pipeline, all in the same dtype and on one device."""
+    """Load a folder's Emu, processor and visual decoder as one pipeline, all in the same dtype and on one device.
+
+    Raises:
+        ValueError: if `model_index.json` names no such class, or as `load_model`.
+    """
     with without_hints():
-        import diffusers
         from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
         from transformers import CLIPImageProcessorPil
 
         from ..pipeline_emu import EmuPipeline
 
-    model = load_model(folder, dtype, device)
     index = EmuPipeline.load_config(folder)
-    classes = {
-        "unet": getattr(diffusers, index["unet"][1]),
-        "vae": getattr(diffusers, index["vae"][1]),
-        "safety_checker": StableDiffusionSafetyChecker,
-    }
+    classes = {name: _find_class(index, name) for name in ("unet", "vae", "scheduler")}
+    model = load_model(folder, dtype, device)
+    networks = {"unet": classes["unet"], "vae": classes["vae"], "safety_checker": StableDiffusionSafetyChecker}
     components: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor"))
-    for name, network in classes.items():
+    for name, network in networks.items():
         if (folder / name).is_dir():
-            loaded = network.from_pretrained(folder / name, torch_dtype=model.dtype)
-            components[name] = loaded.to(model.device).eval()
-    components["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+            components[name] = network.from_pretrained(folder / name, dtype=model.dtype).to(model.device).eval()
+    components["scheduler"] = classes["scheduler"].from_pretrained(folder / "scheduler")
     if (folder / "feature_extractor").is_dir():
         components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
     return EmuPipeline(multimodal_encoder=model, processor=load_processor(folder), **components)
+
+
+def _find_class(index: dict[str, Any], component: str) -> Any:
+    """The class of diffusers that `model_index.json` names for a component of the visual decoder."""
+    import diffusers
+
+    entry = index.get(component)
+    found = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list | tuple) and len(entry) == 2 else None
+    if found is None:
+        raise ValueError(f"{component} in model_index.json: got {entry}, expected a class of diffusers")
+    return found
