@@ -36,11 +36,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from conversion.checkpoint import check_finite, compute_sha256, meta_tensors, open_checkpoint
 from conversion.convert_emu_to_hub import DTYPES, MODEL_CARDS, build_meta_model, build_processor
-from conversion.decoder import check_decoder, convert_decoder, renew_condition
+from conversion.decoder import check_decoder, convert_decoder, renew_condition, report_decoder, verify_decoder
 from conversion.key_table import list_keys, plan_conversion
 from conversion.sizes import build_config
 from conversion.tokenizer import add_emu_tokens
-from conversion.weights import check_shapes, convert_state_dict, parse_shard_size, write_json, write_shards
+from conversion.weights import (
+    check_dtypes,
+    check_shapes,
+    convert_state_dict,
+    parse_shard_size,
+    write_json,
+    write_shards,
+)
 from modeling_emu.configuration_emu import EmuConfig
 from modeling_emu.hub.outputs import check_output, whole_folder
 from modeling_emu.hub.repository import check_repository, write_repository_files
@@ -73,6 +80,7 @@ def read_vision(file: Path, config: EmuConfig) -> dict[str, torch.Tensor]:
         if name.startswith(VISION_PARAMETERS) and not name.startswith(FRESH_NORM)
     }
     plan = plan_conversion(tensors, expected)
+    check_dtypes(str(file), tensors, plan, config.dtype)
     check_shapes(tensors, plan, expected)
     parameters = convert_state_dict(tensors, plan, config.dtype)
     for name, parameter in parameters.items():
@@ -211,14 +219,15 @@ def assemble(
 
     with whole_folder(output) as folder:
         write_shards(folder, meta_tensors(parameters), parameters.__getitem__, "model", shard_bytes)
-        files = convert_decoder(decoder, folder, components, dtype)
+        opened = convert_decoder(decoder, folder, components, dtype)
+        verify_decoder(folder, opened, dtype)
         renewed = renew_condition(folder, config.text_config.hidden_size, seed)
         processor = build_processor(config, tokenizer)
         write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{VARIANT}.md")
         report = {
             "language_model": causal_lm.config.model_type,
             "vision": compute_sha256([vision]),
-            "decoder": compute_sha256(files, decoder),
+            "decoder": report_decoder(decoder, opened, dtype),
             "tokens_added": len(tokenizer) - num_old_tokens,
             "seed": seed,
             "dtype": str(config.dtype).removeprefix("torch."),

@@ -26,7 +26,6 @@ at all. What was found and done is in its `conversion_report.json`.
 import argparse
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +42,12 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 import modeling_emu
 from conversion.checkpoint import (
     Checkpoint,
-    compute_sha256,
     meta_tensors,
     open_checkpoint,
     read_safetensors,
     start_sha256,
 )
-from conversion.decoder import check_decoder, convert_decoder
+from conversion.decoder import check_decoder, convert_decoder, report_decoder, verify_decoder
 from conversion.key_table import (
     EMBEDDING_KEY,
     Plan,
@@ -61,9 +59,12 @@ from conversion.key_table import (
 from conversion.sizes import build_config, read_text_config
 from conversion.tokenizer import build_tokenizer, get_emu_tokens
 from conversion.weights import (
+    MODEL_DTYPES,
+    check_dtypes,
     check_shapes,
     compare_weights,
     convert_state_dict,
+    count_dtypes,
     parse_shard_size,
     write_adapter_config,
     write_json,
@@ -78,7 +79,7 @@ from modeling_emu.processing_emu import EmuProcessor
 
 MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 VARIANTS = ("pretrain", "instruct")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MODEL_DTYPES}
 ENCODER_FOLDER = "multimodal_encoder"
 LLAMA_FOLDER = "llama_config"
 REPORT_FILE = "conversion_report.json"
@@ -183,6 +184,7 @@ def prepare(
 
     expected = build_meta_model(config).state_dict()
     plan, adapter = plan_conversion(names, expected), Plan({})
+    check_dtypes("the checkpoint", checkpoint.tensors, plan, dtype)
     check_shapes(checkpoint.tensors, plan, expected)
     if any(".lora_" in name for name in names):
         lora = lora or "merge"
@@ -191,7 +193,7 @@ def prepare(
     if lora == "adapter":
         plan, adapter = separate_adapter(plan)
     layout = convert_state_dict(meta_tensors(checkpoint.tensors), plan, dtype)
-    config.dtype = max(DTYPES.values(), key=lambda kind: count_bytes(t for t in layout.values() if t.dtype == kind))
+    config.dtype = max(MODEL_DTYPES, key=lambda kind: count_bytes(t for t in layout.values() if t.dtype == kind))
     return Conversion(checkpoint, config, tokenizer, plan, adapter, layout, dtype, lora)
 
 
@@ -226,16 +228,19 @@ def convert(
         write_weights(folder, source.tensors, conversion.plan, dtype, "model", shard_bytes)
         if conversion.adapter.parts:
             write_adapter(folder / ADAPTER_FOLDER, conversion, shard_bytes)
-        decoder_files = convert_decoder(decoder, folder, components, dtype) if decoder else []
+        opened = convert_decoder(decoder, folder, components, dtype) if decoder else {}
         processor = build_processor(config, conversion.tokenizer)
         write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{config.variant}.md")
         written = time.perf_counter()
 
         print("written; comparing with the source")
+        differences = [verify(folder, conversion)]
+        if decoder:
+            differences.append(verify_decoder(folder, opened, dtype))
         report = build_report(conversion) | {
-            "maximum_difference": verify(folder, conversion),
+            "maximum_difference": max(differences),
             "source": hashes.result(),
-            "decoder": compute_sha256(decoder_files, decoder),
+            "decoder": report_decoder(decoder, opened, dtype) if decoder else {},
             "seconds": {"written": written - started, "verified": time.perf_counter() - written},
         }
         write_json(folder / REPORT_FILE, report)
@@ -299,11 +304,6 @@ def build_report(conversion: Conversion) -> dict[str, Any]:
             "diffusers": diffusers.__version__,
         },
     }
-
-
-def count_dtypes(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
-    """Number of tensors of each dtype."""
-    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:

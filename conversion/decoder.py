@@ -19,7 +19,9 @@ Beside it goes `model_index.json`, by which diffusers finds the decoder and, at 
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -27,10 +29,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig
 
-from conversion.checkpoint import Checkpoint, check_finite, meta_tensors, open_checkpoint, write_safetensors
-from conversion.key_table import list_keys
+from conversion.checkpoint import (
+    check_finite,
+    compute_sha256,
+    meta_tensors,
+    open_checkpoint,
+    write_safetensors,
+)
+from conversion.key_table import Plan
 from conversion.sizes import read_field, read_json
-from conversion.weights import write_json
+from conversion.weights import check_dtypes, check_tensors, compare_weights, count_dtypes, write_json
 from modeling_emu.pipeline_emu import make_model_index
 
 
@@ -89,11 +97,30 @@ def check_decoder(folder: Path, condition_size: int | None) -> list[str]:
     return present
 
 
-def open_component(folder: Path, name: str) -> Checkpoint:
+@dataclass(frozen=True)
+class Component:
+    """Weights of one network under today's names, the files that they are mapped from, and the keys left out."""
+
+    tensors: dict[str, torch.Tensor]
+    files: list[Path]
+    dropped: list[str]
+
+    @property
+    def plan(self) -> Plan:
+        """Each tensor is taken as it is."""
+        return Plan({key: {"": key} for key in self.tensors}, self.dropped)
+
+
+def open_component(folder: Path, name: str, dtype: torch.dtype | None = None) -> Component:
     """Map the weights of one component under today's names, checked against its network.
 
+    Args:
+        folder: with one folder per component.
+        name: of the component.
+        dtype: that the weights will be written in; None keeps each tensor's.
+
     Raises:
-        ValueError: lists the keys that are unknown or missing, and the shapes that differ.
+        ValueError: lists the keys that are unknown or missing, and the shapes and dtypes that cannot be.
     """
     source = open_checkpoint(folder / name)
     tensors = {}
@@ -104,32 +131,20 @@ def open_component(folder: Path, name: str) -> Checkpoint:
         tensors[f"{match[1]}.{VAE_RENAMED[match[2]]}.{match[3]}" if match and name == "vae" else key] = tensor
     with torch.device("meta"):
         expected = NETWORKS[name][1](folder / name).state_dict()
-    check_tensors(f"{name} of {folder}", tensors, expected)
-    return Checkpoint(tensors, source.files)
+    check_tensors(f"{name} of {folder}", with_short_names(tensors), with_short_names(expected))
+    component = Component(tensors, source.files, [key for key in source.tensors if key == DROPPED])
+    check_dtypes(f"{name} of {folder}", tensors, component.plan, dtype)
+    return component
 
 
-def check_tensors(what: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Compare names and shapes; transformers writes CLIP's vision tower with one prefix or two, and reads both."""
-    shapes = {short_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {short_name(name): tuple(tensor.shape) for name, tensor in expected.items()}
-    problems = {
-        "unknown keys": shapes.keys() - wanted.keys(),
-        "missing keys": wanted.keys() - shapes.keys(),
-        "wrong shapes": {
-            f"{name} {shapes[name]} instead of {wanted[name]}"
-            for name in shapes.keys() & wanted.keys()
-            if shapes[name] != wanted[name]
-        },
-    }
-    if found := [f"{problem}: {list_keys(names)}" for problem, names in problems.items() if names]:
-        raise ValueError(f"{what}: got {'; '.join(found)}, expected the tensors of its configuration")
+def with_short_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers writes CLIP's vision tower with one prefix or two, and reads both."""
+    return {name.replace("vision_model.vision_model.", "vision_model."): tensor for name, tensor in tensors.items()}
 
 
-def short_name(name: str) -> str:
-    return name.replace("vision_model.vision_model.", "vision_model.")
-
-
-def convert_decoder(source: Path, output: Path, components: list[str], dtype: torch.dtype | None) -> list[Path]:
+def convert_decoder(
+    source: Path, output: Path, components: list[str], dtype: torch.dtype | None
+) -> dict[str, Component]:
     """Write the components of a decoder into a repository.
 
     Args:
@@ -139,19 +154,54 @@ def convert_decoder(source: Path, output: Path, components: list[str], dtype: to
         dtype: of the weights written; None keeps each as it is.
 
     Returns:
-        The weight files that were read.
+        What was read, by component that has weights; for `verify_decoder` and `report_decoder`.
     """
-    files = []
+    opened = {}
     for name in components:
         (output / name).mkdir()
         file = CONFIGURED.get(name, "config.json")
         shutil.copyfile(source / name / file, output / name / file)
         if name in NETWORKS:
-            component = open_component(source, name)
-            files += component.files
-            write_component(output, name, component.tensors, dtype)
+            opened[name] = open_component(source, name, dtype)
+            write_component(output, name, opened[name].tensors, dtype)
     write_model_index(output, components)
-    return files
+    return opened
+
+
+def verify_decoder(output: Path, components: Mapping[str, Component], dtype: torch.dtype | None) -> float:
+    """Compare every tensor written with its source; arguments as of `convert_decoder`, and what it gave.
+
+    Returns:
+        The largest difference, see `compare_weights`.
+
+    Raises:
+        RuntimeError: if a tensor is not what was to be written.
+    """
+    return max(
+        compare_weights(open_checkpoint(output / name).tensors, component.tensors, component.plan, dtype)
+        for name, component in components.items()
+    )
+
+
+def report_decoder(
+    source: Path, components: Mapping[str, Component], dtype: torch.dtype | None
+) -> dict[str, dict[str, Any]]:
+    """What was read and written, by component: checksums, counts, dtypes, keys dropped."""
+    report = {}
+    for name, component in components.items():
+        tensors = component.tensors.values()
+        report[name] = {
+            "source": compute_sha256(component.files, source),
+            "tensors_read": len(tensors) + len(component.dropped),
+            "tensors_written": len(tensors),
+            "parameters": sum(tensor.numel() for tensor in tensors),
+            "dtypes_read": count_dtypes(tensors),
+            "dtypes_written": count_dtypes(
+                meta.to(dtype or meta.dtype) for meta in meta_tensors(component.tensors).values()
+            ),
+            "dropped": component.dropped,
+        }
+    return report
 
 
 def write_model_index(output: Path, components: list[str]) -> None:

@@ -15,7 +15,8 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from conversion.key_table import Plan, list_keys
 from conversion.surgery import LORA_ALPHA, join_parts
 
 
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZE_UNITS = {None: 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LORA_DROPOUT = 0.05  # published training recipe
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj"  # the causal former has such names too
@@ -59,19 +61,46 @@ def convert_state_dict(
     return {name: build_parameter(source, parts, dtype) for name, parts in plan.parts.items()}
 
 
-def check_shapes(source: Mapping[str, torch.Tensor], plan: Plan, expected: Mapping[str, torch.Tensor]) -> None:
-    """Compare every shape and kind of number with the model's, before anything is read.
+def check_dtypes(what: str, tensors: Mapping[str, torch.Tensor], plan: Plan, dtype: torch.dtype | None) -> None:
+    """Refuse numbers that would have to be cast where no dtype was asked for.
+
+    A merged weight is rounded once, to the dtype of its base, and what that changes is reported.
+
+    Args:
+        what: for the message.
+        tensors: by source key, on any device.
+        plan: which of them make which parameter.
+        dtype: that is asked for; None keeps each tensor's.
 
     Raises:
-        ValueError: lists all keys whose shape or dtype cannot be.
+        ValueError: lists the keys that are no floating point, or, without `dtype`, of another width than models have,
+            or unlike their partner in a fused tensor.
+    """
+    problems = []
+    for parts in plan.parts.values():
+        kinds = {key: tensors[key].dtype for key in parts.values()}
+        unknown = [
+            kind for kind in kinds.values() if not kind.is_floating_point or not (dtype or kind in MODEL_DTYPES)
+        ]
+        if unknown or (not dtype and parts.keys() == {"query", "value"} and len(set(kinds.values())) > 1):
+            problems.append(" + ".join(f"{key} {kind}" for key, kind in kinds.items()))
+    if problems:
+        raise ValueError(
+            f"dtypes of {what}: got {list_keys(problems)}, expected {', '.join(map(str, MODEL_DTYPES))}, one in each "
+            f"fused tensor (--dtype casts floating point)"
+        )
+
+
+def check_shapes(source: Mapping[str, torch.Tensor], plan: Plan, expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare every shape with the model's, before anything is read.
+
+    Raises:
+        ValueError: lists all keys whose shape cannot be.
     """
     metas = meta_tensors(source)
     problems = []
     for name, parts in plan.parts.items():
         keys = " + ".join(parts.values())
-        if wrong := [str(metas[key].dtype) for key in parts.values() if not metas[key].dtype.is_floating_point]:
-            problems.append(f"{keys} {', '.join(wrong)} instead of floating point")
-            continue
         try:
             shape = tuple(build_parameter(metas, parts, None).shape)
         except ValueError as error:
@@ -84,6 +113,32 @@ def check_shapes(source: Mapping[str, torch.Tensor], plan: Plan, expected: Mappi
             f"shapes of the checkpoint: got {list_keys(problems)}, expected those of the model (sizes come from "
             f"--model-config, --causal-former-config and --llama-config)"
         )
+
+
+def check_tensors(what: str, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: lists the keys that are unknown or missing, and the shapes that differ.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    problems = {
+        "unknown keys": shapes.keys() - wanted.keys(),
+        "missing keys": wanted.keys() - shapes.keys(),
+        "wrong shapes": {
+            f"{name} {shapes[name]} instead of {wanted[name]}"
+            for name in shapes.keys() & wanted.keys()
+            if shapes[name] != wanted[name]
+        },
+    }
+    if found := [f"{problem}: {list_keys(names)}" for problem, names in problems.items() if names]:
+        raise ValueError(f"{what}: got {'; '.join(found)}, expected the tensors of its configuration")
+
+
+def count_dtypes(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Number of tensors of each dtype."""
+    return dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
 def write_weights(

@@ -286,10 +286,10 @@ def test_shards_hold_each_weight_once_under_the_limit(pretrain):
 
 
 def test_safetensors_are_read_by_the_library(pretrain):
-    """Written by ourselves, tensor by tensor; mixed dtypes and a scalar's neighbour must lie where the library looks."""
+    """Written by ourselves, tensor by tensor; mixed dtypes must lie where the library looks."""
     state_dict = make_state_dict(PRETRAIN)
     state_dict["cformer.projection.bias"] = state_dict["cformer.projection.bias"].half()
-    state_dict["ln_visual.weight"] = state_dict["ln_visual.weight"].double()
+    state_dict["ln_visual.weight"] = state_dict["ln_visual.weight"].bfloat16()
     folder = pretrain.convert(pretrain.save(state_dict))
     with safe_open(folder / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}
@@ -376,6 +376,11 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
         ({"visual.blocks.0.attn.q_bias": torch.ones(35)}, "visual.blocks.0.attn.q_bias"),
         ({"cformer.projection.weight": torch.ones(20, 48)}, "(20, 48) instead of (48, 20)"),
         ({"ln_visual.weight": torch.ones(36, dtype=torch.int64)}, "ln_visual.weight torch.int64"),
+        ({"ln_visual.weight": torch.ones(36, dtype=torch.float64)}, "got ln_visual.weight torch.float64, expected"),
+        (
+            {"visual.blocks.0.attn.q_bias": torch.ones(36).bfloat16()},
+            "visual.blocks.0.attn.q_bias torch.bfloat16 + visual.blocks.0.attn.v_bias torch.float32",
+        ),
         ({"ln_visual.weight": with_value(torch.ones(36), torch.nan)}, "ln_visual.weight: got 1 numbers that are NaN"),
         ({"ln_visual.weight": with_value(torch.ones(36), -torch.inf)}, "ln_visual.weight: got 1 numbers that are NaN"),
     ],
@@ -384,6 +389,17 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
 def test_keys_shapes_and_numbers_are_accounted_for(pretrain, changes, message):
     source = pretrain.save(change(make_state_dict(PRETRAIN), **changes))
     assert message in pretrain.refuse(source)
+
+
+def test_dtype_casts_what_is_refused_without(pretrain):
+    query = "visual.blocks.0.attn.q_bias"
+    state_dict = make_state_dict(PRETRAIN)
+    changes = {query: state_dict[query].bfloat16(), "ln_visual.weight": state_dict["ln_visual.weight"].double()}
+    folder = pretrain.convert(pretrain.save(state_dict | changes), "--dtype=float32")
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights["model.vision_model.post_layernorm.weight"], state_dict["ln_visual.weight"])
+    bias = weights["model.vision_model.encoder.layers.0.self_attn.qkv.bias"]
+    assert torch.equal(bias.chunk(3)[0], changes[query].float())
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])

@@ -1,6 +1,7 @@
 """The visual decoder's part of a conversion: every weight, under today's names, and only what fits together."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from conftest import GOLDENS, convert_golden
 from safetensors.torch import load_file, save_file
 
+from conversion.checkpoint import write_safetensors
 from conversion.convert_emu_to_hub import main as convert_emu_to_hub
 
 
@@ -58,13 +60,50 @@ def test_every_weight_of_the_decoder_keeps_its_bits(converted_pretrain):
     for file in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         assert (converted_pretrain / file).read_bytes() == (GOLDENS / "pretrain" / "pretrain" / file).read_bytes()
     report = json.loads((converted_pretrain / "conversion_report.json").read_text())
-    assert sorted(report["decoder"]) == sorted(f"{name}/{old_file}" for name, (old_file, _) in WEIGHTS.items())
+    assert report["decoder"].keys() == WEIGHTS.keys()
+    for name, (old_file, _) in WEIGHTS.items():
+        old = torch.load(GOLDENS / "pretrain" / "pretrain" / name / old_file)
+        part = report["decoder"][name]
+        assert list(part["source"]) == [f"{name}/{old_file}"]
+        assert part["tensors_read"] == part["tensors_written"] == len(old)
+        assert part["parameters"] == sum(tensor.numel() for tensor in old.values())
+        assert part["dtypes_read"] == part["dtypes_written"] == {"float32": len(old)}
+        assert part["dropped"] == []
 
 
 def test_dtype_reaches_the_decoder(source, tmp_path):
     folder = convert(source, tmp_path / "output", "--dtype=bfloat16")
+    report = json.loads((folder / "conversion_report.json").read_text())
     for name, (_, file) in WEIGHTS.items():
-        assert {tensor.dtype for tensor in load_file(folder / name / file).values()} == {torch.bfloat16}
+        weights = load_file(folder / name / file)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+        assert report["decoder"][name]["dtypes_read"] == {"float32": len(weights)}
+        assert report["decoder"][name]["dtypes_written"] == {"bfloat16": len(weights)}
+
+
+def test_what_lies_in_the_decoder_is_compared_with_the_source(source, tmp_path, monkeypatch):
+    """As a disk that gives back other bytes than it got: one number is changed after writing."""
+
+    def write_and_damage(file, layout, build):
+        write_safetensors(file, layout, build)
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            last = stream.read(1)
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([last[0] ^ 1]))
+
+    monkeypatch.setattr("conversion.decoder.write_safetensors", write_and_damage)
+    with pytest.raises(RuntimeError, match="got other numbers in the file"):
+        convert(source, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+def test_rounding_of_the_decoder_is_in_the_report(source, tmp_path):
+    change_weights(source, "unet", {"conv_in.bias": torch.full((16,), 4097.0)})  # 4096 in bfloat16
+    report = json.loads(
+        (convert(source, tmp_path / "output", "--dtype=bfloat16") / "conversion_report.json").read_text()
+    )
+    assert report["maximum_difference"] == 1.0
 
 
 def test_a_decoder_of_its_own_folder_joins_instruct(source, tmp_path):
@@ -95,7 +134,11 @@ def test_position_ids_of_an_older_safety_checker_are_dropped(source, tmp_path):
     ids = {"vision_model.vision_model.embeddings.position_ids": torch.arange(5)[None]}
     change_weights(source, "safety_checker", ids)
     folder = convert(source, tmp_path / "output")
-    assert not ids.keys() & load_file(folder / "safety_checker" / "model.safetensors").keys()
+    weights = load_file(folder / "safety_checker" / "model.safetensors")
+    assert not ids.keys() & weights.keys()
+    part = json.loads((folder / "conversion_report.json").read_text())["decoder"]["safety_checker"]
+    assert part["dropped"] == list(ids)
+    assert part["tensors_read"] == part["tensors_written"] + 1 == len(weights) + 1
 
 
 def test_a_decoder_without_safety_checker_is_a_decoder(source, tmp_path):
@@ -120,6 +163,8 @@ def test_a_missing_component_is_named(source, tmp_path, name):
         ("unet", {"conv_in.bias": torch.ones(3)}, "conv_in.bias (3,) instead of"),
         ("unet", {"conv_in.bias": torch.full((16,), torch.nan)}, "unet: conv_in.bias: got 16 numbers that are NaN"),
         ("safety_checker", {"concept_embeds": None}, "missing keys: concept_embeds"),
+        ("vae", {"quant_conv.bias": torch.ones(8, dtype=torch.int64)}, "quant_conv.bias torch.int64"),
+        ("unet", {"conv_in.bias": torch.ones(16, dtype=torch.float64)}, "conv_in.bias torch.float64"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(source, tmp_path, name, change, message):
