@@ -26,7 +26,7 @@ at all. What was found and done is in its `conversion_report.json`.
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,7 @@ def prepare(
         raise ValueError(f"--lora: got {lora}, expected none: the checkpoint has no LoRA keys")
     if lora == "adapter":
         plan, adapter = separate_adapter(plan)
+        find_rank(checkpoint.tensors, adapter)
     layout = convert_state_dict(meta_tensors(checkpoint.tensors), plan, dtype)
     config.dtype = max(MODEL_DTYPES, key=lambda kind: count_bytes(t for t in layout.values() if t.dtype == kind))
     return Conversion(checkpoint, config, tokenizer, plan, adapter, layout, dtype, lora)
@@ -263,8 +264,19 @@ def write_adapter(folder: Path, conversion: Conversion, max_shard_size: int) -> 
     folder.mkdir()
     source, adapter = conversion.source.tensors, conversion.adapter
     write_weights(folder, source, adapter, conversion.dtype, "adapter_model", max_shard_size)
-    first = next(key for name, parts in adapter.parts.items() for key in parts.values() if "lora_A" in name)
-    write_adapter_config(folder, rank=len(source[first]))
+    write_adapter_config(folder, find_rank(source, adapter))
+
+
+def find_rank(source: Mapping[str, torch.Tensor], adapter: Plan) -> int:
+    """The rank of an adapter, which its configuration says once for all modules.
+
+    Raises:
+        ValueError: if its modules have several.
+    """
+    ranks = {len(source[parts[""]]) for name, parts in adapter.parts.items() if "lora_A" in name}
+    if len(ranks) != 1:
+        raise ValueError(f"--lora adapter: got LoRA of the ranks {sorted(ranks)}, expected one (merge takes any)")
+    return ranks.pop()
 
 
 def verify(folder: Path, conversion: Conversion) -> float:

@@ -30,12 +30,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout: both packages are beside this folder
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from conversion.checkpoint import check_finite, open_checkpoint
+from conversion.convert_emu_to_hub import build_meta_model
 from conversion.key_table import LORA_PARTS, adapter_key, list_keys, peft_name, published_parts
-from conversion.surgery import split_parts
+from conversion.sizes import read_json
+from conversion.surgery import LORA_ALPHA, LORA_RANK, split_parts
+from conversion.weights import check_tensors
+from modeling_emu.configuration_emu import EmuConfig
 from modeling_emu.hub.outputs import check_free_space, whole_file
 from modeling_emu.hub.repository import ADAPTER_FOLDER
+
+
+OTHER_LORA = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "lora_bias",
+    "fan_in_fan_out",
+)
 
 
 def convert_state_dict(
@@ -70,6 +86,30 @@ def convert_state_dict(
     return {peft_name(key): tensor for key, tensor in published.items()} if with_lora else published
 
 
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a PEFT adapter, if the published code would apply them as PEFT does.
+
+    Raises:
+        ValueError: if its configuration is not that of Emu-I: the published form holds its tensors, and no settings.
+    """
+    file = folder / "adapter_config.json"
+    content = read_json(file)
+    fixed = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_ALPHA, "bias": "none"}
+    different = {name: content.get(name) for name, value in fixed.items() if content.get(name) != value}
+    different |= {name: content[name] for name in OTHER_LORA if content.get(name)}
+    if different:
+        raise ValueError(
+            f"{file}: got {different}, expected {fixed} on q, k, v and o, as the published code applies LoRA: merge the "
+            f"adapter into the model instead"
+        )
+    tensors = open_checkpoint(folder).tensors
+    if others := {
+        name: len(tensor) for name, tensor in tensors.items() if "lora_A" in name and len(tensor) != LORA_RANK
+    }:
+        raise ValueError(f"ranks of {folder}: got {others}, expected {LORA_RANK}")
+    return tensors
+
+
 def find_key_bias(model: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the vision tower's biases whose key part is not zero: trained here, without influence on the output."""
     return [
@@ -90,14 +130,21 @@ def convert(folder: Path, output: Path) -> dict[str, torch.Tensor]:
         What was written, mapped from the repository's files.
 
     Raises:
-        ValueError: if the folder has no Emu, if it has a parameter without a published key or a weight that is not
-            finite, or if the output is there already.
+        ValueError: if the folder has no Emu, or one that is not whole; if it has a parameter without a published key,
+            an adapter that is not Emu-I's, or a weight that is not finite; or if the output is there already.
         OSError: if the disk is full.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"repository: got {folder}, which has no config.json, expected a folder with an Emu")
+    if (model_type := read_json(folder / "config.json").get("model_type")) != EmuConfig.model_type:
+        raise ValueError(f"model_type of {folder}: got {model_type!r}, expected {EmuConfig.model_type!r}")
+    try:
+        config = EmuConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json of {folder}: {error.__cause__ or error}") from error
     model = open_checkpoint(folder).tensors
-    adapter = open_checkpoint(folder / ADAPTER_FOLDER).tensors if (folder / ADAPTER_FOLDER).is_dir() else {}
+    check_tensors(f"model in {folder}", model, build_meta_model(config).state_dict())
+    adapter = read_adapter(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else {}
     published = convert_state_dict(model, adapter)
     for key, tensor in published.items():
         check_finite(key, tensor)

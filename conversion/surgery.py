@@ -9,6 +9,7 @@ import torch
 
 
 LORA_ALPHA = 16  # published; a state dict does not hold it
+LORA_RANK = 16  # likewise; a state dict of another rank can be read, but the published code expects this one
 
 
 def fuse_qkv_bias(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS
+from conftest import GOLDENS, make_config
 from peft import PeftModel
 from published import PublishedEmu, Sizes, make_state_dict, write_sizes
 from safetensors import safe_open
@@ -86,6 +86,13 @@ def instruct(tmp_path):
     return Workshop(tmp_path / "instruct", INSTRUCT)
 
 
+@pytest.fixture
+def instruct_adapter(tmp_path) -> Path:
+    """A repository of Emu-I with its adapter beside it, of the published rank."""
+    workshop = Workshop(tmp_path / "instruct", Sizes(lora_rank=16))
+    return workshop.convert(workshop.save(make_state_dict(workshop.sizes)), "--lora=adapter")
+
+
 def read_report(folder: Path) -> dict:
     return json.loads((folder / "conversion_report.json").read_text())
 
@@ -153,7 +160,9 @@ def without_dropped(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("sizes", "options"), [(PRETRAIN, []), (INSTRUCT, ["--lora=adapter"])], ids=["pretrain", "instruct"]
+    ("sizes", "options"),
+    [(PRETRAIN, []), (Sizes(lora_rank=16), ["--lora=adapter"])],
+    ids=["pretrain", "instruct"],
 )
 def test_every_kept_tensor_comes_back_unchanged(sizes, options, dtype, tmp_path):
     workshop = Workshop(tmp_path, sizes)
@@ -199,13 +208,87 @@ def test_key_bias_is_left_out_and_said(pretrain, capsys):
     assert name in capsys.readouterr().out
 
 
-def test_way_back_refuses_what_has_no_published_key(pretrain):
+def refuse_back(folder: Path) -> str:
+    output = folder.with_name("back.pt")
+    with pytest.raises(SystemExit) as stop:
+        convert_hub_to_emu.main([str(folder), f"--output={output}"])
+    assert not output.exists()
+    message = str(stop.value)
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.extra.weight": torch.ones(2)}, "unknown keys: model.extra.weight"),
+        (
+            {"lm_head.weight": None, "regression_head.weight": None},
+            "missing keys: lm_head.weight, regression_head.weight",
+        ),
+        ({"regression_head.weight": torch.ones(48, 47)}, "regression_head.weight (48, 47) instead of (48, 48)"),
+    ],
+    ids=["extra", "missing", "shape"],
+)
+def test_way_back_refuses_what_its_configuration_does_not_say(pretrain, changes, message):
     folder = pretrain.convert(pretrain.save(make_state_dict(PRETRAIN)))
-    weights = load_file(folder / "model.safetensors") | {"model.extra.weight": torch.ones(2)}
+    weights = change(load_file(folder / "model.safetensors"), **changes)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match=r"model\.extra\.weight"):
-        convert_hub_to_emu.main([str(folder), f"--output={pretrain.folder / 'back.pt'}"])
-    assert not (pretrain.folder / "back.pt").exists()
+    assert message in refuse_back(folder)
+
+
+def test_way_back_refuses_another_language_model_and_another_model(pretrain, tmp_path):
+    config = make_config({"model_type": "qwen2"})
+    EmuForMultimodalGeneration(config).save_pretrained(tmp_path / "qwen")
+    assert "model.language_model.layers.0.self_attn.q_proj.bias, " in refuse_back(tmp_path / "qwen")
+    config.text_config.save_pretrained(tmp_path / "text")
+    assert "got 'qwen2', expected 'emu'" in refuse_back(tmp_path / "text")
+    folder = pretrain.convert(pretrain.save(make_state_dict(PRETRAIN)))
+    content = json.loads((folder / "config.json").read_text())
+    content["causal_former_config"]["num_image_tokens"] = 0
+    (folder / "config.json").write_text(json.dumps(content))
+    assert "num_image_tokens" in refuse_back(folder)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"lora_alpha": 32},
+        {"r": 8},
+        {"bias": "lora_only"},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"peft_type": "IA3"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_way_back_refuses_an_adapter_that_the_published_code_would_apply_otherwise(instruct_adapter, setting):
+    file = instruct_adapter / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    assert next(iter(setting)) in refuse_back(instruct_adapter)
+
+
+def test_way_back_refuses_an_adapter_on_other_modules_or_of_another_rank(instruct_adapter):
+    file = instruct_adapter / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    layer = "base_model.model.model.language_model.layers.1"
+    name = f"{layer}.self_attn.o_proj.lora_A.weight"
+    for changes, message in (
+        ({f"{layer}.mlp.up_proj.lora_A.weight": torch.ones(16, 48)}, "mlp.up_proj.lora_A"),
+        ({name: None}, f"got no {name}"),
+        ({name: torch.ones(4, 48)}, f"'{name}': 4"),
+    ):
+        save_file(change(weights, **changes), file)
+        assert message in refuse_back(instruct_adapter)
+
+
+def test_an_adapter_of_several_ranks_is_refused_and_can_be_merged(instruct):
+    key = f"{INSTRUCT.lm}model.layers.2.self_attn.o_proj.lora_{{}}.default.weight"
+    changes = {key.format("A"): torch.ones(3, 48), key.format("B"): torch.ones(48, 3)}
+    source = instruct.save(make_state_dict(INSTRUCT) | changes)
+    assert "ranks [3, 4]" in instruct.refuse(source, "--lora=adapter")
+    instruct.convert(source, "--lora=merge")
 
 
 def test_way_back_keeps_an_existing_file(converted_pretrain, tmp_path):
