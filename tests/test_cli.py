@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from modeling_emu.cli.info import (
     read_all_shapes,
     smallest_card_gb,
 )
-from modeling_emu.cli.loading import EMU_TINY, find_model, load_model, load_processor
+from modeling_emu.cli.loading import EMU_TINY, find_model, load_model, load_pipeline, load_processor
 
 
 SECONDS_TO_HELP = 0.5
@@ -153,12 +152,50 @@ def test_decoder_options_arrive(emu, tmp_path, picture):
         assert Image.open(tmp_path / path).size == (96, 64)
 
 
+@pytest.mark.parametrize("command", [("generate", "a text", "--temperature", 1, "--max-new-tokens", 2), ("demo",)])
+def test_seeds_are_bounded(emu, command):
+    """By what torch's generators take, before anything is loaded."""
+    for seed in (-1, 2**63):
+        assert "Invalid value for '--seed'" in emu(*command, "--seed", seed, exit_code=2).stderr
+    emu(*command, "--seed", 2**63 - 1)
+
+
+def start_an_image_third(folder: Path) -> None:
+    """Change the text head of a model so that, greedily after "a text", it says two tokens and starts an image."""
+    model, processor = load_model(folder), load_processor(folder)
+    inputs = processor(documents=[[{"type": "text", "text": "a text"}]], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    states = model.model(input_ids=ids).last_hidden_state[0, -3:]
+    with torch.no_grad():
+        scores = torch.tensor([[-100.0], [-100.0], [100.0]])
+        row = torch.linalg.lstsq(states, scores).solution[:, 0]
+        model.lm_head.weight[model.config.image_start_token_id] = row
+    model.save_pretrained(folder)
+
+
 def test_interleaved_prints_texts_and_paths_in_order(emu, tmp_path):
-    output = emu("generate", "--mode", "interleaved", "a text", "--max-new-tokens", 20, "--seed", 1).stdout
-    assert output.strip()
-    assert all(
-        (tmp_path / line).is_file() for line in output.splitlines() if re.fullmatch(r"outputs/image_\d+\.png", line)
-    )
+    """The command against the pipeline's own document: what it drew, where it drew it."""
+    folder = shutil.copytree(EMU_TINY, tmp_path / "drawing")
+    start_an_image_third(folder)
+    output = emu(
+        "generate", "--mode", "interleaved", "a text", "--max-images", 1, "--max-new-tokens", 12, "--temperature", 0,
+        "--steps", 2, "--seed", 1, "--model", folder,
+    ).stdout  # fmt: skip
+    document = load_pipeline(folder).generate_document(
+        "a text", max_images=1, max_new_tokens=12, do_sample=False, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    assert [part["type"] for part in document] == ["text", "image", "text"]
+    before, drawn, after = document
+    assert output == f"{before['text'].strip()}\noutputs/image_0.png\n{after['text'].strip()}\n"
+    written = np.asarray(Image.open(tmp_path / "outputs" / "image_0.png"))
+    np.testing.assert_array_equal(written, np.asarray(drawn["image"]))
+
+
+def test_interleaved_without_an_image_prints_the_text_alone(emu, tmp_path):
+    output = emu("generate", "--mode", "interleaved", "a text", "--max-new-tokens", 8, "--temperature", 0).stdout
+    assert output == emu("generate", "a text", "--max-new-tokens", 8, "--temperature", 0).stdout
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_demo_says_that_its_model_is_untrained_and_writes_one_sheet(emu, tmp_path):
@@ -231,6 +268,13 @@ def test_model_folder_with_its_own_code_runs_none_of_it(emu, tmp_path):
             "--steps: got 3 with --mode text, expected it with --mode image or --mode interleaved",
         ),
         (["a", "--mode", "image", "--top-p", "0.5"], "--top-p: got 0.5 with --mode image"),
+        (["a", "--mode", "image", "--guidance-scale", "nan"], "--guidance-scale: got nan, expected a finite number"),
+        (["a", "--temperature", "inf"], "--temperature: got inf, expected a finite number"),
+        (["a", "--length-penalty", "2"], "--length-penalty: got 2.0 without beams"),
+        (["a", "--length-penalty", "2", "--num-beams", "1"], "--length-penalty: got 2.0 without beams"),
+        (["a", "--repetition-penalty", "0"], "--repetition-penalty: got 0.0, expected a number above 0"),
+        (["a", "--min-new-tokens", "5", "--max-new-tokens", "4"], "--min-new-tokens: got 5, expected at most 4"),
+        (["a", "--min-new-tokens", "65"], "--min-new-tokens: got 65, expected at most 64"),
         (["a " * 2500], "expected at most 2048, the context of the language model"),
         (["[IMG]"], "got special tokens ['[IMG]']"),
         (["a", "--device", "abacus"], "--device: got 'abacus'"),

@@ -8,7 +8,7 @@ import typer
 
 from .documents import check_output, write_images
 from .generate import continue_with_text, encode_prompt
-from .reporting import progress, reports_errors
+from .reporting import MAX_SEED, progress, reports_errors
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def demo(
         str | None,
         typer.Option("--model", "-m", metavar="DIR", help="Model folder or Hub id.", show_default="the packaged one"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the picture, and makes the drawing repeatable.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Chooses the picture, and makes the drawing repeatable.")
+    ] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the PNG goes.")] = Path(
         "outputs"
     ),

@@ -1,12 +1,13 @@
 """`emu generate`: a document from the command line, continued with text, with images, or with both in turn."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .documents import check_output, read_document, write_images
-from .reporting import progress, reports_errors
+from .reporting import MAX_SEED, progress, reports_errors
 
 
 if TYPE_CHECKING:
@@ -56,9 +57,16 @@ def generate(
         typer.Option("--model", "-m", metavar="DIR", help="Model folder or Hub id.", show_default="the packaged one"),
     ] = None,
     mode: Annotated[
-        Literal["text", "image", "interleaved"], typer.Option(help="What to continue the document with.")
+        Literal["text", "image", "interleaved"],
+        typer.Option(
+            help="What to continue the document with. Interleaved: text, and an image where the model starts one, which "
+            "the published weights never do."
+        ),
     ] = "text",
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling and drawing repeatable.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MAX_SEED, help="Makes sampling and drawing repeatable.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where PNGs go.", show_default="outputs")
     ] = None,
@@ -148,7 +156,7 @@ def select_options(mode: str, given: dict[str, Any]) -> dict[str, Any]:
     """Take the options that were given, with the defaults of the mode, in the words of `generate()` and the pipeline.
 
     Raises:
-        ValueError: if one of them has no meaning in this mode.
+        ValueError: if one of them has no meaning in this mode or beside the others.
     """
     options = {name: value for name, value in given.items() if value is not None}
     for name, value in options.items():
@@ -158,12 +166,30 @@ def select_options(mode: str, given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{option}: got {value} with --mode {mode}, expected it with {modes} only")
     if mode in DEFAULT_NEW_TOKENS:
         options.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS[mode])
+    _check_values(options)
+    if mode in DEFAULT_NEW_TOKENS:
         if options.get("temperature") == 0:
             options.pop("temperature")
             options["do_sample"] = False
         elif options.keys() & {"temperature", "top_p", "top_k"}:
             options["do_sample"] = True
     return options
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    """Refuse numbers that are none, and options that contradict each other."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected a finite number")
+    if "length_penalty" in options and options.get("num_beams", 1) == 1:
+        raise ValueError(
+            f"--length-penalty: got {options['length_penalty']} without beams, expected it with --num-beams above 1"
+        )
+    if options.get("repetition_penalty", 1) <= 0:
+        raise ValueError(f"--repetition-penalty: got {options['repetition_penalty']}, expected a number above 0")
+    smallest, largest = options.get("min_new_tokens", 0), options.get("max_new_tokens", math.inf)
+    if smallest > largest:
+        raise ValueError(f"--min-new-tokens: got {smallest}, expected at most {largest}, the --max-new-tokens")
 
 
 def encode_prompt(processor: "EmuProcessor", document: list[dict[str, Any]]) -> "BatchFeature":

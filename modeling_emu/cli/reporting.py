@@ -1,4 +1,4 @@
-"""How commands speak to their user: results on stdout, progress and errors on stderr."""
+"""What all commands share towards their user: results on stdout, progress and errors on stderr, the range of seeds."""
 
 import functools
 import os
@@ -11,6 +11,7 @@ import typer
 
 
 EXIT_USER_ERROR = 2
+MAX_SEED = 2**63 - 1  # of torch's generators
 
 
 def is_user_error(error: Exception) -> bool:
