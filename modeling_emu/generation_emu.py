@@ -247,17 +247,8 @@ class EmuGenerationMixin(GenerationMixin):
         input_ids, attention_mask = self._append_image_start(**kwargs)
         kwargs = {**kwargs, "input_ids": input_ids, "attention_mask": attention_mask, "custom_generate": regress_image}
         settings = {"max_new_tokens": self.config.num_image_tokens + 1, "max_length": None}  # the last is `[/IMG]`
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        # A static cache has its mask ready, where a dynamic one asks the device at every step whether rows are padded.
-        # Not compiled unless the caller asks for a static cache: a single picture would not repay it. A cache that is
-        # handed back must grow in later calls, and one under autocast gets other dtypes than the weights': dynamic.
-        is_free = not any(
-            kwargs.get(name) or any(getattr(config, name) for config in configs)
-            for name in ("cache_implementation", "return_dict_in_generate")
-        )
-        devices = {input_ids.device.type, self.device.type} - {"meta"}
-        is_free &= not any(torch.is_autocast_enabled(device) for device in devices)
-        if is_free and kwargs.get("past_key_values") is None:
+        if self._needs_static_cache(attention_mask, generation_config, kwargs):
+            # Not compiled, which the caller did not ask for: a single picture would not repay it.
             settings |= {"cache_implementation": "static", "disable_compile": True}
         if generation_config is None:
             return None, kwargs | settings
@@ -265,6 +256,23 @@ class EmuGenerationMixin(GenerationMixin):
         for name, value in settings.items():
             setattr(generation_config, name, value)
         return generation_config, {name: value for name, value in kwargs.items() if name not in settings}
+
+    def _needs_static_cache(
+        self, attention_mask: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether image mode should take a static cache: where rows are padded, and nothing speaks for another.
+
+        A static cache has its mask ready, where a dynamic one asks the device at every step which rows are padded. A
+        cache that is handed back must grow in later calls, and one under autocast gets other dtypes than the weights'.
+        """
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        is_chosen = kwargs.get("past_key_values") is not None or any(
+            kwargs.get(name) or any(getattr(config, name) for config in configs)
+            for name in ("cache_implementation", "return_dict_in_generate")
+        )
+        devices = {attention_mask.device.type, self.device.type} - {"meta"}
+        is_autocast = any(torch.is_autocast_enabled(device) for device in devices)
+        return not is_chosen and not is_autocast and not bool(attention_mask.all())
 
     def _append_image_start(
         self,

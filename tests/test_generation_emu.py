@@ -151,7 +151,8 @@ def test_compiled_image_steps_are_one_graph_without_recompilation():
     assert not counters["graph_break"]
 
 
-def test_image_mode_asks_nothing_of_the_device_between_steps():
+@pytest.mark.parametrize("rows", [[[BOS, 5, 6]], [[BOS, 5, 6, 7], [BOS, 5]]], ids=["one row", "padded rows"])
+def test_image_mode_asks_nothing_of_the_device_between_steps(rows):
     def count_reads(num_image_tokens: int) -> int:
         config = make_config()
         config.causal_former_config.num_image_tokens = num_image_tokens
@@ -169,8 +170,8 @@ def test_image_mode_asks_nothing_of_the_device_between_steps():
         with pytest.MonkeyPatch.context() as patch:
             for name in ("item", "__bool__", "tolist", "nonzero", "__int__", "__index__"):
                 patch.setattr(torch.Tensor, name, count(getattr(torch.Tensor, name)))
-            # padding in the batch: without a ready mask, each step would ask whether there is any
-            model.generate(**make_batch([[BOS, 5, 6, 7], [BOS, 5]]), generation_mode="image")
+            # without a ready mask, each step of padded rows would ask which are
+            model.generate(**make_batch(rows), generation_mode="image")
         return reads
 
     assert count_reads(3) == count_reads(9) > 0
