@@ -4,11 +4,15 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import mlinter
 import pytest
 from huggingface_hub import ModelCard
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 
@@ -126,6 +130,69 @@ def test_tracked_files_name_no_machine():
             f"{path.relative_to(ROOT)}:{i}: {line[:160]}" for i, line in enumerate(lines, 1) if MACHINE.search(line)
         ]
     assert found == []
+
+
+def project_requirements(extra: str = "") -> list[Requirement]:
+    """What the package asks for, with one of its extras; an extra that names others of its own brings theirs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    found = []
+    for requirement in map(Requirement, lines):
+        if canonicalize_name(requirement.name) == project["name"]:
+            found += [entry for name in requirement.extras for entry in project_requirements(name)]
+        else:
+            found.append(requirement)
+    return found
+
+
+def installed_closure(requirements: list[Requirement]) -> set[str]:
+    """Names of all packages that these bring in here; what a package pins exactly (torch its CUDA) is its own affair."""
+    names: set[str] = set()
+    waiting = [(requirement, "") for requirement in requirements]
+    while waiting:
+        requirement, extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in names or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+            continue
+        names.add(name)
+        for line in metadata.requires(name) or []:
+            needed = Requirement(line)
+            if not any(specifier.operator == "==" for specifier in needed.specifier):
+                waiting += [(needed, extra) for extra in ("", *requirement.extras)]
+    return names
+
+
+def test_constraints_pin_what_development_installs():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
+    pinned = {canonicalize_name(pin.partition("==")[0]) for pin in pins}
+    needed = installed_closure([*project_requirements(), *project_requirements("dev")])
+    assert {"torch", "datasets", "scipy"} <= needed
+    assert sorted(needed - pinned) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "extras"),
+    [
+        ("modeling_emu/*.py", ["video"]),
+        ("modeling_emu/cli/*.py", []),
+        ("modeling_emu/hub/*.py", []),
+        ("modeling_emu/data/*.py", ["train"]),
+        ("modeling_emu/training/*.py", ["train"]),
+        ("conversion/*.py", ["conversion"]),
+    ],
+)
+def test_requirements_name_what_the_code_imports(pattern, extras):
+    """Nothing is left to what another package happens to bring."""
+    named = {
+        canonicalize_name(requirement.name) for extra in ("", *extras) for requirement in project_requirements(extra)
+    }
+    distributions = metadata.packages_distributions()
+    for path in ROOT.glob(pattern):
+        modules = {name.split(".")[0] for name in get_imports(path)} - sys.stdlib_module_names
+        needed = {canonicalize_name(distributions[name][0]) for name in modules - {"conversion", "modeling_emu"}}
+        assert needed <= named, f"{path.name} imports {needed - named}"
 
 
 def test_ci_runs_the_second_command_of_readme():
