@@ -16,8 +16,9 @@
     python conversion/assemble_emu.py --language-model llama-13b --vision EVA01_CLIP_g_14_psz14_s11B.pt \\
         --decoder stable-diffusion-v1-5 --output emu-start
 
-The language model is any causal language model of transformers; it needs memory for its weights, and its tokenizer gets
-Emu's tokens, whose rows begin as the mean of the old ones. The vision tower is an EVA-CLIP checkpoint (`visual.*`, or
+The language model is one of transformers that is a decoder and a head without bias, scale or soft cap: LLaMA, Mistral,
+Qwen2, GPT-2 are; Phi, Granite, Cohere and Gemma 2 are not, and are refused. It needs memory for its weights, and its
+tokenizer gets Emu's tokens, whose rows begin as the mean of the old ones. The vision tower is an EVA-CLIP checkpoint (`visual.*`, or
 these names bare). The U-Net's cross-attention gets new projections of the language model's width. These, the causal
 former, the norm after the vision tower, the projection and the regression head begin at random, from `--seed`.
 """
@@ -32,7 +33,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout: both packages are beside this folder
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from conversion.checkpoint import check_finite, compute_sha256, meta_tensors, open_checkpoint
 from conversion.convert_emu_to_hub import DTYPES, MODEL_CARDS, build_meta_model, build_processor
@@ -59,8 +67,70 @@ REPORT_FILE = "assembly_report.json"
 VISION_PREFIX = "visual."
 VISION_PARAMETERS = "model.vision_model."
 HEAD = "lm_head.weight"
+NUM_PROBES = 8
+PROBE_FACTORS = (1, 0, 100)  # as it is; then a bias is all that is left; then a soft cap shows
 FRESH_NORM = "model.vision_model.post_layernorm."  # Emu's own; EVA-CLIP's final norm is another
 FRESH = ("model.causal_former.", FRESH_NORM, "regression_head.")
+
+
+def load_language_model(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, whole, from a folder; no code of the folder is run.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        dtype: of the weights; None for that of the folder.
+
+    Raises:
+        ValueError: if it cannot be loaded, tensors are missing, unknown or of another shape, or a number is not finite.
+    """
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # a damaged folder raises whatever its reader does
+        reason = " ".join(str(error).split())
+        raise ValueError(f"language model: got {folder} ({reason}), expected a whole transformers folder") from error
+    if problems := [
+        f"{name.replace('_', ' ')}: {list_keys(map(str, keys))}"
+        for name, keys in found.items()
+        if keys and name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ]:
+        raise ValueError(
+            f"language model {folder}: got {'; '.join(problems)}, expected the tensors of its config.json"
+        )
+    for name, tensor in causal_lm.state_dict().items():
+        check_finite(f"language model: {name}", tensor)
+    return causal_lm.eval(), tokenizer
+
+
+@torch.no_grad()
+def check_head(causal_lm: PreTrainedModel) -> None:
+    """Refuse a language model whose logits are not the last hidden state times the head's weight, as Emu's are.
+
+    A few tokens are read by the whole model, and as word embeddings by its decoder, as Emu does it.
+
+    Raises:
+        ValueError: if the logits differ: the head has a bias, or the logits are scaled or capped.
+    """
+    head, embeddings = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    kind = f"language model {causal_lm.config.model_type}"
+    if head is None or causal_lm.base_model is causal_lm:
+        raise ValueError(f"{kind}: got a model without a decoder and a head apart, expected both")
+    input_ids = torch.linspace(0, embeddings.num_embeddings - 1, NUM_PROBES).long()[None]
+    hidden_states = causal_lm.base_model(inputs_embeds=embeddings(input_ids)).last_hidden_state
+    tolerance = max(1e-4, 2 * torch.finfo(hidden_states.dtype).eps)
+    for factor in PROBE_FACTORS:
+        hook = head.register_forward_pre_hook(lambda _, inputs, factor=factor: (inputs[0] * factor,))
+        logits = causal_lm(input_ids=input_ids).logits.float()
+        hook.remove()
+        expected = functional.linear(hidden_states * factor, head.weight).float()
+        if (logits - expected).abs().max() > tolerance * expected.abs().max():
+            raise ValueError(
+                f"{kind}: got logits that are not its last hidden state times the head's weight, expected a head "
+                f"without bias, scale or soft cap: Emu has no place for them"
+            )
 
 
 def read_vision(file: Path, config: EmuConfig) -> dict[str, torch.Tensor]:
@@ -187,17 +257,14 @@ def assemble(
         The report.
 
     Raises:
-        ValueError: if a part is missing, damaged or does not fit.
+        ValueError: if a part is missing, damaged or does not fit, or if the language model is of another kind.
         OSError: if the disk is full.
     """
     check_output(output)
     shard_bytes = parse_shard_size(max_shard_size)
     components = check_decoder(decoder, condition_size=None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(language_model, local_files_only=True)
-        causal_lm = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto", local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"language model: got {language_model} ({error}), expected a transformers folder") from error
+    causal_lm, tokenizer = load_language_model(language_model, dtype)
+    check_head(causal_lm)
     num_old_tokens = len(tokenizer)
     add_emu_tokens(tokenizer)
     extend_vocabulary(causal_lm, num_old_tokens, len(tokenizer))

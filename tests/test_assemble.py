@@ -11,7 +11,19 @@ from PIL import Image
 from published import Sizes, make_state_dict, write_sizes
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from conversion.assemble_emu import main as assemble_emu
 from conversion.tokenizer import Piece, build_backend, read_sentencepiece
@@ -57,6 +69,30 @@ def make_gpt2(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="!", eos_token="!").save_pretrained(folder)
 
 
+def make_other(folder: Path, config: PreTrainedConfig) -> None:
+    """A language model of any kind, all of whose numbers count: biases begin as zero."""
+    make_gpt2(folder)  # for its tokenizer
+    torch.manual_seed(3)
+    causal_lm = AutoModelForCausalLM.from_config(config)
+    for parameter in causal_lm.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    causal_lm.save_pretrained(folder)
+
+
+SMALL = dict(
+    vocab_size=256,
+    hidden_size=HIDDEN,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=5,
+    num_key_value_heads=5,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
+
+
 @pytest.fixture
 def vision(tmp_path):
     """An EVA-CLIP checkpoint: vision tower, text tower, temperature."""
@@ -83,8 +119,14 @@ def assemble(folder: Path, vision: Path, *options: str, output: str = "output") 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda f: make_llama(f, 1000), lambda f: make_llama(f, 1024, tied=True), make_gpt2],
-    ids=["llama", "tied and padded", "gpt2"],
+    [
+        lambda f: make_llama(f, 1000),
+        lambda f: make_llama(f, 1024, tied=True),
+        make_gpt2,
+        lambda f: make_other(f, Qwen2Config(**SMALL)),
+        lambda f: make_other(f, OPTConfig(**SMALL, ffn_dim=56, word_embed_proj_dim=HIDDEN)),
+    ],
+    ids=["llama", "tied and padded", "gpt2", "qwen2", "opt"],
 )
 def test_assembled_model_keeps_its_parts(make, vision, tmp_path):
     make(tmp_path / "lm")
@@ -99,9 +141,8 @@ def test_assembled_model_keeps_its_parts(make, vision, tmp_path):
     num_rows = old.get_input_embeddings().num_embeddings
     with torch.no_grad():
         logits, expected = model(input_ids=input_ids).logits, old(input_ids=input_ids).logits
-    num_old_tokens = (
-        len(processor.tokenizer) - json.loads((folder / "assembly_report.json").read_text())["tokens_added"]
-    )
+    report = json.loads((folder / "assembly_report.json").read_text())
+    num_old_tokens = min(len(processor.tokenizer) - report["tokens_added"], num_rows)
     assert torch.equal(logits[..., :num_old_tokens], expected[..., :num_old_tokens])
     assert model.get_input_embeddings().num_embeddings == max(num_rows, len(processor.tokenizer))
 
@@ -179,6 +220,66 @@ def refuse(folder: Path, vision: Path, *options: str) -> str:
     assert not (folder / "output").exists()
     assert not list(folder.glob(".output*"))
     return str(stop.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PhiConfig(**SMALL),
+        GraniteConfig(**SMALL, logits_scaling=8.0),
+        CohereConfig(**SMALL),
+        Gemma2Config(**SMALL, head_dim=8),
+    ],
+    ids=["bias: phi", "scaled: granite", "scaled: cohere", "capped: gemma2"],
+)
+def test_language_models_with_more_than_a_weight_in_the_head_are_refused(config, dtype, vision, tmp_path):
+    make_other(tmp_path / "lm", config)
+    message = refuse(tmp_path, vision, f"--dtype={dtype}")
+    assert f"language model {config.model_type}: got logits that are not" in message
+
+
+def test_a_damaged_language_model_is_refused(vision, tmp_path):
+    make_llama(tmp_path / "lm", 1000)
+    file = tmp_path / "lm" / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changes, message in (
+        ({name: None}, f"missing keys: {name}"),
+        ({"lm_head.weight": None}, "missing keys: lm_head.weight"),
+        (
+            {"model.layers.2.mlp.up_proj.weight": weights[name].clone()},
+            "unexpected keys: model.layers.2.mlp.up_proj.weight",
+        ),
+        ({name: weights[name][:-1].clone()}, name),
+        ({name: weights[name] * torch.nan}, f"{name}: got {weights[name].numel()} numbers that are NaN"),
+    ):
+        changed = {key: tensor for key, tensor in (weights | changes).items() if tensor is not None}
+        save_file(changed, file, metadata={"format": "pt"})
+        refusal = refuse(tmp_path, vision)
+        assert refusal.startswith("error: language model")
+        assert message in refusal
+        assert len(refusal.splitlines()) == 1
+    file.write_bytes(file.read_bytes()[:5000])
+    assert "expected a whole transformers folder" in refuse(tmp_path, vision)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_language_model_is_neither_run_nor_asked_about(file, vision, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    make_llama(tmp_path / "lm", 1000)
+    code = f"open({str(tmp_path / 'exploded')!r}, 'w').close()\nclass A: pass\n"
+    (tmp_path / "lm" / "code.py").write_text(code)
+    content = json.loads((tmp_path / "lm" / file).read_text())
+    if file == "config.json":
+        content |= {"model_type": "own"}
+        references = {"AutoConfig": "code.A", "AutoModelForCausalLM": "code.A"}
+    else:
+        content |= {"tokenizer_class": "Own"}
+        references = {"AutoTokenizer": [None, "code.A"]}
+    (tmp_path / "lm" / file).write_text(json.dumps(content | {"auto_map": references}))
+    assert "trust_remote_code" in refuse(tmp_path, vision)
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_parts_that_do_not_fit_are_refused(vision, tmp_path):
