@@ -64,16 +64,27 @@ def readme_commands() -> list[str]:
     return block[1].strip().splitlines()
 
 
-def test_ruff_finds_nothing():
-    run_tool("ruff", "check", ".")
+def checks_of_readme() -> list[str]:
+    """The commands of README's section on checks, without the folder of the virtual environment."""
+    block = re.search(r"## Checks.*?```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block, "README has no block of checks"
+    return [line.removeprefix(".venv/bin/") for line in block[1].strip().splitlines()]
 
 
-def test_ruff_would_not_reformat():
-    run_tool("ruff", "format", "--check", ".")
+@pytest.mark.parametrize("command", checks_of_readme())
+def test_checks_of_readme_find_nothing(command):
+    run_tool(*command.split())
 
 
-def test_mypy_finds_nothing():
-    run_tool("mypy")
+def test_readme_names_every_checker():
+    assert checks_of_readme() == ["ruff check .", "ruff format --check .", "mypy"]
+
+
+def test_readme_installs_from_the_clone_alone():
+    """The package is on no index."""
+    installs = re.findall(r"pip install.*?(?=[`&\n])", (ROOT / "README.md").read_text())
+    assert len(installs) == 3
+    assert [install for install in installs if '-e ".[' not in install] == []
 
 
 @travelling
