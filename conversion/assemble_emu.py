@@ -24,6 +24,7 @@ former, the norm after the vision tower, the projection and the regression head 
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ from transformers import (
 )
 
 from conversion.checkpoint import check_finite, compute_sha256, meta_tensors, open_checkpoint
-from conversion.convert_emu_to_hub import DTYPES, MODEL_CARDS, build_meta_model, build_processor
+from conversion.convert_emu_to_hub import DTYPES, LICENCE, MODEL_CARDS, build_meta_model, build_processor
 from conversion.decoder import check_decoder, convert_decoder, renew_condition, report_decoder, verify_decoder
 from conversion.key_table import list_keys, plan_conversion
 from conversion.sizes import build_config
@@ -290,7 +291,8 @@ def assemble(
         verify_decoder(folder, opened, dtype)
         renewed = renew_condition(folder, config.text_config.hidden_size, seed)
         processor = build_processor(config, tokenizer)
-        write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{VARIANT}.md")
+        write_repository_files(folder, config, processor, LICENCE)
+        shutil.copyfile(MODEL_CARDS / f"emu-{VARIANT}.md", folder / "README.md")
         report = {
             "language_model": causal_lm.config.model_type,
             "vision": compute_sha256([vision]),

@@ -40,6 +40,7 @@ import transformers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 import modeling_emu
+from conversion.card import make_card
 from conversion.checkpoint import (
     Checkpoint,
     meta_tensors,
@@ -77,8 +78,21 @@ from modeling_emu.modeling_emu import EmuForMultimodalGeneration
 from modeling_emu.processing_emu import EmuProcessor
 
 
-MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"
-VARIANTS = ("pretrain", "instruct")
+ROOT = Path(__file__).resolve().parents[1]
+LICENCE = ROOT / "LICENSE"
+MODEL_CARDS = ROOT / "model_cards"
+CARDS = {  # file, and the name that stands for the repository in it
+    "pretrain": (MODEL_CARDS / "emu-pretrain.md", "org/emu"),
+    "instruct": (MODEL_CARDS / "emu-instruct.md", "org/emu-instruct"),
+}
+VARIANTS = tuple(CARDS)
+PARTS = {
+    "vision tower": "model.vision_model.",
+    "causal former": "model.causal_former.",
+    "language model": ("model.language_model.", "lm_head."),
+    "regression head": "regression_head.",
+    "adapter": "base_model.",
+}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in MODEL_DTYPES}
 ENCODER_FOLDER = "multimodal_encoder"
 LLAMA_FOLDER = "llama_config"
@@ -231,7 +245,7 @@ def convert(
             write_adapter(folder / ADAPTER_FOLDER, conversion, shard_bytes)
         opened = convert_decoder(decoder, folder, components, dtype) if decoder else {}
         processor = build_processor(config, conversion.tokenizer)
-        write_repository_files(folder, config, processor, MODEL_CARDS / f"emu-{config.variant}.md")
+        write_repository_files(folder, config, processor, LICENCE)
         written = time.perf_counter()
 
         print("written; comparing with the source")
@@ -245,6 +259,9 @@ def convert(
             "seconds": {"written": written - started, "verified": time.perf_counter() - written},
         }
         write_json(folder / REPORT_FILE, report)
+        card, name = CARDS[config.variant]
+        (folder / "README.md").write_text(make_card(card, report, name), encoding="utf-8")
+        check_repository(folder)
     return report
 
 
@@ -280,7 +297,7 @@ def find_rank(source: Mapping[str, torch.Tensor], adapter: Plan) -> int:
 
 
 def verify(folder: Path, conversion: Conversion) -> float:
-    """Load strictly on the meta device, compare every tensor with the source, check that the repository is whole.
+    """Load strictly on the meta device, and compare every tensor with the source.
 
     Returns:
         The largest difference, see `compare_weights`.
@@ -294,12 +311,16 @@ def verify(folder: Path, conversion: Conversion) -> float:
     if conversion.adapter.parts:
         adapter = open_checkpoint(folder / ADAPTER_FOLDER).tensors
         difference = max(difference, compare_weights(adapter, source, conversion.adapter, dtype))
-    check_repository(folder)
     return difference
 
 
 def build_report(conversion: Conversion) -> dict[str, Any]:
     """What was found and decided before anything is written."""
+    adapter = convert_state_dict(meta_tensors(conversion.source.tensors), conversion.adapter, conversion.dtype)
+    parts = {
+        part: [tensor for name, tensor in (conversion.layout | adapter).items() if name.startswith(prefix)]
+        for part, prefix in PARTS.items()
+    }
     return {
         "variant": conversion.config.variant,
         "lora": conversion.lora,
@@ -308,6 +329,11 @@ def build_report(conversion: Conversion) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in conversion.layout.values()),
         "dtypes_read": count_dtypes(conversion.source.tensors.values()),
         "dtypes_written": count_dtypes(conversion.layout.values()),
+        "parts": {
+            part: {"parameters": sum(tensor.numel() for tensor in tensors), "dtypes_written": count_dtypes(tensors)}
+            for part, tensors in parts.items()
+            if tensors
+        },
         "dropped": conversion.plan.dropped,
         "versions": {
             "modeling-emu": modeling_emu.__version__,

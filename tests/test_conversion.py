@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDENS, make_config
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from published import PublishedEmu, Sizes, make_state_dict, write_sizes
 from safetensors import safe_open
@@ -17,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from conversion import convert_hub_to_emu
 from conversion.checkpoint import Checkpoint, open_checkpoint
+from conversion.convert_emu_to_hub import PARTS, build_meta_model
 from conversion.convert_emu_to_hub import main as convert_emu_to_hub
 from conversion.key_table import KEY_TABLE, canonical_name, peft_name
 from conversion.surgery import fuse_qkv_bias, merge_lora, split_qkv_bias
-from modeling_emu import EmuForMultimodalGeneration
+from modeling_emu import EmuConfig, EmuForMultimodalGeneration
 from modeling_emu.hub.outputs import whole_folder
 
 
@@ -425,8 +428,69 @@ def test_report_accounts_for_everything(converted_pretrain, converted_instruct):
         assert report["tensors_written"] == len(load_file(folder / "model.safetensors"))
         fused = 3 + (16 if variant == "instruct" else 0)  # biases; LoRA pairs
         assert report["tensors_read"] == report["tensors_written"] + dropped + fused
-        card = (ROOT / "model_cards" / f"emu-{variant}.md").read_text()
-        assert (folder / "README.md").read_text() == card
+        parameters = [part["parameters"] for part in report["parts"].values()]
+        assert sum(parameters) == report["parameters"]
+        assert len(parameters) == 4
+
+
+# -- the card ------------------------------------------------------------------------------------------------------
+
+
+def test_card_says_what_the_folder_holds(converted_pretrain, converted_instruct, pretrain):
+    without_decoder = pretrain.convert(pretrain.save(make_state_dict(PRETRAIN)), "--dtype=bfloat16")
+    for folder, has_decoder in ((converted_pretrain, True), (converted_instruct, False), (without_decoder, False)):
+        card, report = ModelCard.load(folder / "README.md"), read_report(folder)
+        template = ModelCard.load(ROOT / "model_cards" / f"emu-{report['variant']}.md")
+        assert card_template_place(template) not in card.text
+        dtype = "bfloat16" if folder == without_decoder else "float32"
+        for part, facts in (report["parts"] | report["decoder"]).items():
+            assert f"| {part} | {facts['parameters']:,} | {dtype} |" in card.text
+        assert f"`{next(iter(report['source']))}`" in card.text
+        assert (folder / "unet").is_dir() == has_decoder
+        assert ("DiffusionPipeline" in card.text) == has_decoder
+        assert ("no visual decoder" in card.text) == (not has_decoder)
+        assert ("diffusers" in card.data.tags) == has_decoder
+        assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+        before, after = template.text.split(card_template_place(template))
+        assert card.text.startswith(before)
+        assert card.text.endswith(after)
+
+
+def card_template_place(template: ModelCard) -> str:
+    [line] = [line for line in template.text.splitlines() if line.startswith("*Conversion writes here")]
+    return line
+
+
+def test_sizes_in_the_cards_are_those_of_the_published_configuration():
+    parameters = build_meta_model(EmuConfig()).state_dict()
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, tensor in parameters.items():
+        sizes[next(part for part, prefix in PARTS.items() if name.startswith(prefix))] += tensor.numel()
+    assert sizes["vision tower"] == 1_011_202_432
+    for card in ("emu-pretrain.md", "emu-instruct.md"):
+        table = re.findall(
+            r"^\| (.*?) \| .* \| (\d\.\d{3}|\d{2}\.\d{3}) B \|$", (ROOT / "model_cards" / card).read_text(), re.M
+        )
+        assert dict(table) == {part: f"{size / 1e9:.3f}" for part, size in sizes.items() if part != "adapter"}
+        assert f"{sum(sizes.values()) * 2 / 1e9:.1f} GB in bfloat16" in (ROOT / "model_cards" / card).read_text()
+
+
+def test_card_of_an_adapter_says_how_to_load_it(instruct):
+    """Its line is run as it stands, and gives what merging gives."""
+    source = instruct.save(make_state_dict(INSTRUCT))
+    merged = instruct.convert(source)
+    assert "load_adapter" not in (merged / "README.md").read_text()
+    folder = instruct.convert(source, "--lora=adapter", output=instruct.folder / "unmerged")
+    [line] = [
+        line for line in (folder / "README.md").read_text().splitlines() if line.startswith("model.load_adapter")
+    ]
+    model = EmuForMultimodalGeneration.from_pretrained(folder)
+    input_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = EmuForMultimodalGeneration.from_pretrained(merged)(input_ids=input_ids).logits
+        assert not torch.allclose(model(input_ids=input_ids).logits, expected, atol=1e-2)
+        exec(line.replace("org/emu-instruct", str(folder)), {"model": model})
+        torch.testing.assert_close(model(input_ids=input_ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

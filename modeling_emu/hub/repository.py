@@ -54,14 +54,14 @@ def list_code_files() -> list[Path]:
     return sorted(PACKAGE.glob("*_emu*.py"))
 
 
-def write_repository_files(folder: Path, config: PreTrainedConfig, processor: ProcessorMixin, card: Path) -> None:
-    """Write all that stands beside the weights of the language model: configurations, tokenizer, code, model card.
+def write_repository_files(folder: Path, config: PreTrainedConfig, processor: ProcessorMixin, licence: Path) -> None:
+    """Write what stands beside the weights of the language model: configurations, tokenizer, code and its licence.
 
     Args:
         folder: of the repository.
         config: an `EmuConfig` whose `dtype` is that of the weights. Its `auto_map` and `architectures` are set.
         processor: an `EmuProcessor`.
-        card: the model card, which becomes README.md.
+        licence: that of the code, which becomes LICENSE.
     """
     config.auto_map = dict(AUTO_MAP)
     config.architectures = [AUTO_MAP["AutoModel"].partition(".")[2]]
@@ -75,7 +75,7 @@ def write_repository_files(folder: Path, config: PreTrainedConfig, processor: Pr
     processor.save_pretrained(folder)
     for file in list_code_files():
         shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(card, folder / "README.md")
+    shutil.copyfile(licence, folder / "LICENSE")
 
 
 def check_repository(folder: Path) -> None:
