@@ -165,7 +165,11 @@ class EmuGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: for beams or embeddings as input outside text mode, `use_cache=False`, guidance over tokens,
-                right padding, or a prompt longer than the context.
+                right padding, or more positions than the context has.
+
+        Source:
+            `Emu1/models/modeling_emu.py`, `generate` and `generate_image`. Its defaults are `num_beams=5` and
+            `length_penalty=0`, and its `min_length` counts one `<s>`: m there is `min_new_tokens` = m - 1 here.
         """
         if generation_mode not in ("text", "image", "interleaved"):
             raise ValueError(f"generation_mode: got {generation_mode!r}, expected 'text', 'image' or 'interleaved'")

@@ -1,8 +1,9 @@
 """Speed and memory of the published size on one GPU, with random weights.
 
 Decoding one row reads the layers of the language model and a head once per step, so memory bandwidth bounds it: the
-least time of a step is the bytes of layers and regression head over the bandwidth that a plain copy reaches on the same card, printed beside
-each time. Pictures add 50 steps of a U-Net of Stable Diffusion 1.5's size, twice per step for guidance.
+least time of a step is the bytes of layers and regression head over the bandwidth that a plain copy reaches on the
+same card, printed beside each time. Pictures add 50 steps of a U-Net of Stable Diffusion 1.5's size, twice per step
+for guidance.
 
     python tests/benchmarks/benchmark_gpu.py
     python tests/benchmarks/benchmark_gpu.py --quantization 4bit
