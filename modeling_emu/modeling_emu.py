@@ -231,12 +231,21 @@ class EmuModel(EmuPreTrainedModel):
         if pixel_values is not None and (image_outputs is not None or inputs_embeds is not None):
             raise ValueError("pixel_values: got them beside ready embeddings, expected one or the other")
 
+        nothing = None
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        elif self.training and input_ids is not None and image_outputs is None and past_key_values is None:
+            # A batch without images looks at a blank one in training, and adds nothing of it: all processes of a run
+            # must use the same weights in the same order, or those that share them wait for each other for ever.
+            size = self.config.vision_config.image_size
+            blank = torch.zeros(1, 3, size, size, dtype=self.dtype, device=input_ids.device)
+            nothing = (0 * self.get_image_features(blank, return_dict=True).pooler_output[0]).sum()
         image_embeds = None if image_outputs is None else torch.stack(tuple(image_outputs.pooler_output))
 
         if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+            if nothing is not None:
+                inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
             if visual_inputs is None:
                 inputs_embeds = self.place_image_embeds(input_ids, inputs_embeds, image_embeds)
             else:
