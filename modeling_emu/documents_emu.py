@@ -19,6 +19,7 @@ A document is the ordered content of one sample: a list of parts `{"type": "text
 
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 from urllib.request import urlopen
 
@@ -128,7 +129,7 @@ def load_video(source: Any, num_frames: int | None = NUM_VIDEO_FRAMES) -> list[I
         ImportError: if a file is given and PyAV is not installed.
     """
     if isinstance(source, str | os.PathLike | bytes):
-        return decode_video(source, num_frames)
+        return decode_video(source, lambda num_source_frames: get_frame_indices(num_source_frames, num_frames))
     if isinstance(source, np.ndarray | torch.Tensor) and source.ndim != 4:
         raise ValueError(f"video array: got shape {tuple(source.shape)}, expected (frames, height, width, 3)")
     if not isinstance(source, list | tuple | np.ndarray | torch.Tensor):
@@ -138,8 +139,13 @@ def load_video(source: Any, num_frames: int | None = NUM_VIDEO_FRAMES) -> list[I
     return [load_image(source[index]) for index in get_frame_indices(len(source), num_frames)]
 
 
-def decode_video(source: str | os.PathLike | bytes, num_frames: int | None) -> list[Image.Image]:
-    """`load_video` for a file; only the frames that are asked for are kept in memory."""
+def decode_video(source: str | os.PathLike | bytes, choose_frames: Callable[[int], list[int]]) -> list[Image.Image]:
+    """`load_video` for a file; only the frames that are asked for are kept in memory.
+
+    Args:
+        choose_frames: the indices of the frames to take, in order, for so many frames of the file. It is called again
+            where the file turns out to hold another number than it says.
+    """
     try:
         import av
     except ImportError as error:
@@ -153,7 +159,7 @@ def decode_video(source: str | os.PathLike | bytes, num_frames: int | None) -> l
         with open_video() as container:
             num_source_frames = count_packets(container, name)
         while num_source_frames:
-            indices = get_frame_indices(num_source_frames, num_frames)
+            indices = choose_frames(num_source_frames)
             with open_video() as container:
                 frames, num_decoded = decode_frames(container, set(indices))
             if num_decoded == num_source_frames:
