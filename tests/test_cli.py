@@ -539,6 +539,12 @@ def test_the_command_uses_and_counts_an_adapter(emu, converted_instruct, convert
     assert f"{parts['adapter'].num_parameters:,}" in output
 
 
+def test_info_describes_an_adapter_that_has_no_rank(emu, converted_adapter, tmp_path):
+    folder = shutil.copytree(converted_adapter, tmp_path / "other")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    assert "IA3, beside the weights" in emu("info", folder).stdout
+
+
 def test_an_adapter_without_peft_is_an_error(emu, converted_adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     error = emu("generate", "a text", "--model", converted_adapter, exit_code=2).stderr.splitlines()[-1]

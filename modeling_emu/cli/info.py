@@ -151,9 +151,8 @@ def describe_sizes(config: Any, folder: Path) -> dict[str, str]:
     adapter = folder / "adapter" / "adapter_config.json"
     if adapter.is_file():
         adapter_config = json.loads(adapter.read_text(encoding="utf-8"))
-        sizes["adapter"] = (
-            f"{adapter_config['peft_type']} of rank {adapter_config['r']}, beside the weights: loading it needs peft"
-        )
+        kind, rank = adapter_config.get("peft_type", "adapter"), adapter_config.get("r")
+        sizes["adapter"] = f"{kind}{f' of rank {rank}' if rank else ''}, beside the weights: loading it needs peft"
     unet = folder / "unet" / "config.json"
     if unet.is_file():
         unet_config = json.loads(unet.read_text(encoding="utf-8"))
