@@ -14,7 +14,9 @@ from .samples import Sample
 class EmuDataCollator:
     """A batch of documents, one per row and padded on the right, or packed, several per row.
 
-    Works with transformers' Trainer (`remove_unused_columns=False`) and any DataLoader.
+    Works with any DataLoader and with transformers' Trainer, which must be told `remove_unused_columns=False` and
+    `accelerator_config={"dispatch_batches": False}`: it would cut `pixel_values`, which has a row per image, to the number
+    of documents.
 
     Args:
         processor: encodes `Sample`s; `EncodedSample`s come ready.
@@ -36,8 +38,8 @@ class EmuDataCollator:
             `input_ids` and `labels`, `(rows, length)`, long, padded with `[PAD]` and -100; `pixel_values`,
             `(num_images, 3, height, width)`, float32, all images in reading order, where there are any. Padded form:
             `attention_mask`, `(rows, length)`, long. Packed form: `position_ids`, `(rows, length)`, long, which begin
-            at 0 with every document, padding included: without a mask, transformers reads from them what may attend to
-            what.
+            at 0 with every document, padding included, and `use_cache`, False: with neither mask nor cache, transformers
+            reads from the positions what may attend to what.
 
         Raises:
             ValueError: if there are no features, or of both kinds.
@@ -61,6 +63,7 @@ class EmuDataCollator:
         length = batch["input_ids"].shape[1]
         if is_packed[0]:
             batch["position_ids"] = torch.stack([make_position_ids(row, length) for row in rows])
+            batch["use_cache"] = False
         else:
             batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         pixels = [doc.pixel_values for row in rows for doc in row if doc.pixel_values is not None]

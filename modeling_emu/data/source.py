@@ -59,11 +59,11 @@ class EmuSource:
         self.media = media
         self.max_broken_fraction = max_broken_fraction
 
-    def order_shards(self, seed: int, epoch: int) -> list[str]:
-        """The shards in the order of an epoch."""
-        shards = list(self.shards)
-        random.Random(f"{seed}:{self.name}:{epoch}").shuffle(shards)
-        return shards
+    def order_shards(self, seed: int, epoch: int) -> list[int]:
+        """The numbers of the shards in the order of an epoch."""
+        numbers = list(range(len(self.shards)))
+        random.Random(f"{seed}:{self.name}:{epoch}").shuffle(numbers)
+        return numbers
 
 
 class SourceStream:
@@ -125,18 +125,18 @@ class SourceStream:
     def _read_epoch(self) -> Iterator[Any]:
         """The rest of this epoch, from the saved position on."""
         state = self.state
-        shards = self.source.order_shards(self.seed, state["epoch"])
-        by_shard = len(shards) >= self.num_readers
+        numbers = self.source.order_shards(self.seed, state["epoch"])
+        by_shard = len(numbers) >= self.num_readers
         if by_shard:
-            shards = shards[self.reader :: self.num_readers]
-        while state["shard"] < len(shards):
-            shard = shards[state["shard"]]
+            numbers = numbers[self.reader :: self.num_readers]
+        while state["shard"] < len(numbers):
+            number = numbers[state["shard"]]
             first = state["row"]
-            for index, (key, fields) in enumerate(read_shard(shard)):
+            for index, (key, fields) in enumerate(read_shard(self.source.shards[number])):
                 if index < first or not (by_shard or index % self.num_readers == self.reader):
                     continue
                 state["row"] = index
-                pieces = self._read_row(shard, key, fields)
+                pieces = self._read_row(number, index, key, fields)
                 for piece in pieces[state["piece"] :]:
                     state["piece"] += 1
                     if state["piece"] == len(pieces):
@@ -145,8 +145,8 @@ class SourceStream:
                 state["row"] = index + 1
             state.update(shard=state["shard"] + 1, row=0)
 
-    def _read_row(self, shard: str, key: str, fields: dict[str, Any] | BrokenRow) -> list[Any]:
-        """The samples of a row; none where it is broken, which is logged and counted."""
+    def _read_row(self, number: int, index: int, key: str, fields: dict[str, Any] | BrokenRow) -> list[Any]:
+        """The samples of a row of the shard with this number; none where it is broken, which is logged and counted."""
         is_new = self.state["piece"] == 0
         self.state["num_rows"] += is_new
         try:
@@ -155,8 +155,8 @@ class SourceStream:
             row = Row(
                 fields,
                 key,
-                Media(shard, self.source.media),
-                random.Random(f"{self.seed}:{self.source.name}:{self.state['epoch']}:{key}"),
+                Media(self.source.shards[number], self.source.media),
+                random.Random(f"{self.seed}:{self.source.name}:{self.state['epoch']}:{number}:{index}"),
                 self.encoder.count_document_tokens if self.encoder else None,
             )
             sample = KINDS[self.source.kind](row)
