@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -324,6 +325,17 @@ def test_sharegpt_and_alpaca_json(tmp_path):
     assert describe(third) == ["Say yes.", "yes"]
 
 
+def test_conversations_in_parquet_have_every_column(tmp_path):
+    talk = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "a dog"}]
+    rows = [
+        {"conversations": talk, "image": {"bytes": make_png(1), "path": "1.png"}, "instruction": None, "output": None},
+        {"conversations": None, "image": None, "instruction": "Say yes.", "output": "yes"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    samples = read_all("instruction", tmp_path / "0.parquet")
+    assert [describe(sample) for sample in samples] == [[1, "what?", "a dog"], ["Say yes.", "yes"]]
+
+
 def test_video_chats_json(tmp_path):
     (tmp_path / "v_1.mkv").write_bytes(make_video(20))
     videochat = {"video": "v_1.mkv", "QA": [{"i": "Look.", "q": "who?", "a": "a man"}, {"q": "why?", "a": "fun"}]}
@@ -333,6 +345,43 @@ def test_video_chats_json(tmp_path):
     frames = [1, 3, 6, 8, 11, 13, 15, 18]  # the frames of inference, segment 19 / 8
     assert (describe(first), first.answers) == ([frames, "Look.\nwho?", "a man", "why?", "fun"], (2, 4))
     assert (describe(second), second.answers) == ([frames, "what?", "a game"], (2,))
+
+
+def test_samples_per_second_of_every_kind(tmp_path, capsys):
+    """Printed, not judged: how fast one core reads and encodes each kind."""
+    photo = make_png(90, (256, 256))
+    page = {"text_list": [f"sentence {i}." for i in range(20)], "image_info": []}
+    page["image_info"] = [
+        {"matched_text_index": i, "matched_sim": 0.5, "image_base64": base64.b64encode(photo).decode()}
+        for i in range(5)
+    ]
+    video, frames = make_video(60), {f"{i}.{e}": c for i in range(16) for e, c in (("png", photo), ("txt", b"words"))}
+    files = {
+        "image_text": write_tar(
+            tmp_path / "a.tar", {f"{i}.{e}": c for i in range(60) for e, c in (("png", photo), ("txt", b"a dog"))}
+        ),
+        "video_text": write_tar(
+            tmp_path / "b.tar", {f"{i}.{e}": c for i in range(6) for e, c in (("mp4", video), ("txt", b"a dog"))}
+        ),
+        "mmc4": write_json_lines(tmp_path / "c.jsonl", [page] * 12),
+        "obelics": tmp_path / "d.parquet",
+        "storyboard": write_tar(
+            tmp_path / "e.tar", {f"{v}.{name}": c for v in range(4) for name, c in frames.items()}
+        ),
+        "instruction": write_json_lines(tmp_path / "f.jsonl", [{"instruction": "a dog", "output": "yes"}] * 200),
+    }
+    table = {"texts": [[None, "a dog"] * 3] * 15, "images": [[photo, None] * 3] * 15}
+    pq.write_table(pa.table(table), files["obelics"])
+    assert files.keys() == KINDS.keys()
+    encoder = EmuSampleEncoder(make_processor("instruct"), max_length=256)
+    rates = {}
+    for kind, path in files.items():
+        begin = time.perf_counter()
+        num_samples = len(read_all(kind, path, encoder=encoder))
+        rates[kind] = num_samples / (time.perf_counter() - begin)
+        assert num_samples
+    with capsys.disabled():
+        print("\nsamples/s on one core:", {kind: round(rate) for kind, rate in rates.items()})  # noqa: T201
 
 
 # What is broken

@@ -24,7 +24,7 @@ def read_instruction(row: Row) -> Sample:
     Raises:
         ValueError: if it is none of them, turns and media do not match, or a medium cannot be read.
     """
-    fields = row.fields
+    fields = {name: value for name, value in row.fields.items() if value is not None}  # parquet has every column
     if "conversations" in fields:
         return read_conversation(row)
     if "QA" in fields:
