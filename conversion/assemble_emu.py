@@ -123,9 +123,8 @@ def check_head(causal_lm: PreTrainedModel) -> None:
     hidden_states = causal_lm.base_model(inputs_embeds=embeddings(input_ids)).last_hidden_state
     tolerance = max(1e-4, 2 * torch.finfo(hidden_states.dtype).eps)
     for factor in PROBE_FACTORS:
-        hook = head.register_forward_pre_hook(lambda _, inputs, factor=factor: (inputs[0] * factor,))
-        logits = causal_lm(input_ids=input_ids).logits.float()
-        hook.remove()
+        with head.register_forward_pre_hook(lambda _, inputs, factor=factor: (inputs[0] * factor,)):
+            logits = causal_lm(input_ids=input_ids).logits.float()
         expected = functional.linear(hidden_states * factor, head.weight).float()
         if (logits - expected).abs().max() > tolerance * expected.abs().max():
             raise ValueError(

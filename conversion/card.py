@@ -53,7 +53,7 @@ def describe_folder(report: Mapping[str, Any], name: str) -> str:
         f"| {part} | {facts['parameters']:,} | {', '.join(facts['dtypes_written'])} |" for part, facts in parts.items()
     ]
     paragraphs = [
-        f"Converted from {files} (variant {report['variant']}), every tensor accounted for and compared with its source; "
+        f"Converted from {files} (variant {report['variant']}), every tensor accounted for and compared with its source.\n"
         "`conversion_report.json` has the checksums.",
         "\n".join(["| part | parameters | dtype |", "|---|---|---|", *rows]),
         {"merge": MERGED, "adapter": ADAPTER.format(name=name), None: ""}[report["lora"]],

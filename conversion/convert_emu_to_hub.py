@@ -86,7 +86,7 @@ CARDS = {  # file, and the name that stands for the repository in it
     "instruct": (MODEL_CARDS / "emu-instruct.md", "org/emu-instruct"),
 }
 VARIANTS = tuple(CARDS)
-PARTS = {
+PARTS: dict[str, str | tuple[str, ...]] = {
     "vision tower": "model.vision_model.",
     "causal former": "model.causal_former.",
     "language model": ("model.language_model.", "lm_head."),
