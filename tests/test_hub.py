@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import convert_golden
 from loopback_hub import LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -179,6 +180,29 @@ def check_auto_map(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
     processor = json.loads((folder / "processor_config.json").read_text())
     assert processor["auto_map"]["AutoProcessor"] == "processing_emu.EmuProcessor"
+
+
+LOAD_ADAPTER = """
+import torch
+from transformers import AutoModel
+NAME, LINE, MERGED = sys.argv[1:]
+input_ids = torch.arange(3, 40)[None]
+model, merged = (AutoModel.from_pretrained(name, trust_remote_code=True) for name in (NAME, MERGED))
+expected = merged(input_ids=input_ids).logits
+assert not torch.allclose(model(input_ids=input_ids).logits, expected, atol=1e-2)
+exec(LINE)
+torch.testing.assert_close(model(input_ids=input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_the_cards_line_loads_an_adapter_from_a_hub(converted_instruct, tmp_path):
+    folder = convert_golden("instruct/Emu-instruct.pt", tmp_path / "repositories" / "org" / "emu-i", "--lora=adapter")
+    [line] = [
+        line for line in (folder / "README.md").read_text().splitlines() if line.startswith("model.load_adapter")
+    ]
+    with LoopbackHub(tmp_path / "repositories") as hub:
+        arguments = ["org/emu-i", line.replace("org/emu-instruct", "org/emu-i"), str(converted_instruct)]
+        run(LOAD_ADAPTER, *arguments, folder=tmp_path, hub=hub)
 
 
 def test_saving_and_loading_again_keeps_all_of_it(converted_pretrain, tmp_path):
