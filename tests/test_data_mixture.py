@@ -248,11 +248,7 @@ def test_special_tokens_in_the_data_are_refused(processor):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_and_padded_give_equal_losses_and_gradients(processor, attention):
-    small = EmuProcessor(
-        CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False),
-        processor.tokenizer,
-        num_image_tokens=3,
-    )
+    small = make_small_processor(processor)
     text_config = {"vocab_size": len(processor.tokenizer), "pad_token_id": PAD, "attn_implementation": attention}
     ids = {"image_token_id": SLOT, "image_start_token_id": START, "image_end_token_id": END}
     model = make_model(text_config=text_config, **ids).train()
@@ -357,7 +353,7 @@ def test_packing_resumes_exactly_at_every_row(folder, instruct):
 
 def test_packing_says_what_it_needs(folder, instruct):
     with pytest.raises(ValueError, match="got no encoder"):
-        PackedDocuments(EmuMixture(make_sources(folder)))
+        PackedDocuments(EmuMixture(make_sources(folder, ("image_text",))))
     stepped = EmuMixture(make_sources(folder), batch_sizes=[1, 1, 1], encoder=EmuSampleEncoder(instruct))
     with pytest.raises(ValueError, match="got batch_sizes"):
         PackedDocuments(stepped)
@@ -458,12 +454,12 @@ def test_rows_and_broken_rows_are_counted_per_source(tmp_path):
 
 
 def test_a_mixture_refuses_what_does_not_match(folder):
-    sources = make_sources(folder)
+    sources = make_sources(folder, ("image_text", "instruction"))
     for kwargs, message in (
         (dict(sources=[]), "sources: got names"),
         (dict(sources=[sources[0]] * 2), "all different"),
-        (dict(sources=sources, weights=[1, 2]), "weights: got"),
-        (dict(sources=sources, weights=[1, 2, 0]), "3 positive numbers"),
+        (dict(sources=sources, weights=[1, 2, 3]), "weights: got"),
+        (dict(sources=sources, weights=[1, 0]), "2 positive numbers"),
         (dict(sources=sources, batch_sizes=[1]), "batch_sizes: got"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -471,38 +467,50 @@ def test_a_mixture_refuses_what_does_not_match(folder):
     with pytest.raises(ValueError, match="rank: got 2, expected 0 to 1"):
         EmuMixture(sources).split(2, 2)
     state = EmuMixture(sources[:1]).state_dict()
-    with pytest.raises(ValueError, match="got 1 sources, expected 3"):
+    with pytest.raises(ValueError, match="got 1 sources, expected 2"):
         EmuMixture(sources).load_state_dict(state)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_plain_trainer_trains_on_it(folder, instruct, packing, tmp_path):
-    small = EmuProcessor(
-        CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False),
-        instruct.tokenizer,
-        num_image_tokens=3,
-        variant="instruct",
-    )
+def make_small_processor(processor: EmuProcessor) -> EmuProcessor:
+    """The tokenizer of the goldens, and the tiny model's images."""
+    image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
+    return EmuProcessor(image_processor, processor.tokenizer, num_image_tokens=3, variant=processor.variant)
+
+
+def make_trainer(folder, processor: EmuProcessor, packing: bool, output_dir, **kwargs) -> Trainer:
+    small = make_small_processor(processor)
     ids = {"image_token_id": SLOT, "image_start_token_id": START, "image_end_token_id": END}
-    model = make_model(text_config={"vocab_size": len(instruct.tokenizer), "pad_token_id": PAD}, **ids)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    mixture = EmuMixture(make_sources(folder), encoder=EmuSampleEncoder(small, max_length=128))
+    model = make_model(text_config={"vocab_size": len(processor.tokenizer), "pad_token_id": PAD}, **ids)
+    mixture = EmuMixture(make_sources(folder), encoder=EmuSampleEncoder(small, max_length=128), seed=7)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
+        output_dir=str(output_dir),
         per_device_train_batch_size=2,
         remove_unused_columns=False,
         accelerator_config={"dispatch_batches": False},
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
         disable_tqdm=True,
-        learning_rate=1e-2,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        **kwargs,
     )
     dataset = PackedDocuments(mixture) if packing else mixture
-    Trainer(model, arguments, train_dataset=dataset, data_collator=EmuDataCollator(small)).train()
-    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    assert unmoved == []
+    return Trainer(model, arguments, train_dataset=dataset, data_collator=EmuDataCollator(small))
+
+
+@pytest.mark.parametrize(("packing", "num_workers"), [(False, 0), (True, 0), (True, 2)])
+def test_plain_trainer_trains_and_resumes_exactly(folder, instruct, packing, num_workers, tmp_path):
+    kwargs = dict(save_steps=2, dataloader_num_workers=num_workers)
+    whole = make_trainer(folder, instruct, packing, tmp_path / "whole", max_steps=5, **kwargs)
+    before = {name: parameter.clone() for name, parameter in whole.model.named_parameters()}
+    whole.train()
+    assert [name for name, parameter in whole.model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+    resumed = make_trainer(folder, instruct, packing, tmp_path / "resumed", max_steps=5, **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
 
 
 def test_an_encoded_sample_is_whole(processor):

@@ -254,11 +254,10 @@ def test_compressed_json_lines(tmp_path, suffix, measuring_encoder):
     assert 7 in describe(sample)
 
 
-def test_mmc4_without_an_encoder_says_what_it_needs(tmp_path, caplog):
-    page = make_page(2, {0: [(7, 0.5)]}, "base64", tmp_path, "")
-    with caplog.at_level(logging.WARNING), pytest.raises(BrokenSourceError):
-        read_all("mmc4", write_json_lines(tmp_path / "0.jsonl", [page]))
-    assert "expected one (EmuMixture(encoder=...))" in caplog.text
+def test_mmc4_without_an_encoder_says_what_it_needs(tmp_path):
+    path = write_json_lines(tmp_path / "0.jsonl", [make_page(2, {0: [(7, 0.5)]}, "base64", tmp_path, "")])
+    with pytest.raises(ValueError, match="source mmc4: got no encoder, expected one"):
+        EmuMixture([EmuSource("mmc4", str(path))])
 
 
 def test_obelics_parquet(tmp_path):

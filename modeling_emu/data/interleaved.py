@@ -27,8 +27,6 @@ def read_mmc4(row: Row) -> Sample:
     Raises:
         ValueError: if no image is left, one cannot be read, or one is matched to a sentence that does not exist.
     """
-    if row.count_tokens is None:
-        raise ValueError("mmc4: got no encoder, expected one (EmuMixture(encoder=...)): its stretches are in tokens")
     sentences = row.fields["text_list"]
     images: dict[int, list[dict[str, Any]]] = {}
     for info in row.fields["image_info"]:
@@ -69,7 +67,7 @@ def take_long_stretch(row: Row, sentences: list[str], images: dict[int, list[dic
     for index in range(row.rng.choice(sorted(images)), len(sentences)):
         taken = images.get(index, [])[: STRETCH_IMAGES - num_images]
         longer = [*document, *make_sentence(row, sentences[index], taken)]
-        if count_tokens(row, longer) > LONG_STRETCH_TOKENS:
+        if row.count_tokens(longer) > LONG_STRETCH_TOKENS:
             break
         document, num_images = longer, num_images + len(taken)
     return check_stretch(document, LONG_STRETCH_TOKENS)
@@ -85,14 +83,9 @@ def take_short_stretch(row: Row, sentences: list[str], images: dict[int, list[di
     document: Document = []
     for index, infos in by_sentence.items():
         longer = [*document, *make_sentence(row, sentences[index], infos)]
-        if count_tokens(row, longer) <= SHORT_STRETCH_TOKENS:
+        if row.count_tokens(longer) <= SHORT_STRETCH_TOKENS:
             document = longer
     return check_stretch(document, SHORT_STRETCH_TOKENS)
-
-
-def count_tokens(row: Row, document: Document) -> int:
-    """The length of a document; `read_mmc4` has checked that the row can tell it."""
-    return 0 if row.count_tokens is None else row.count_tokens(document)
 
 
 def check_stretch(document: Document, num_tokens: int) -> Document:

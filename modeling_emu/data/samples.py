@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -97,14 +97,14 @@ class Row:
         key: the shard and the row.
         media: the files beside the shard.
         rng: the only source of chance; the same whenever this row is read in this epoch.
-        count_tokens: length of a document in tokens, `<s>` and `</s>` included.
+        count_tokens: length of a document in tokens, `<s>` and `</s>` included; an error where there is no encoder.
     """
 
     fields: dict[str, Any]
     key: str
     media: Media
     rng: random.Random
-    count_tokens: Callable[[Document], int] | None = field(default=None, repr=False)
+    count_tokens: Callable[[Document], int]
 
 
 def get_text(value: Any, name: str) -> str:

@@ -10,7 +10,7 @@ from .files import BrokenRow, find_shards, read_shard
 from .instructions import read_instruction
 from .interleaved import read_mmc4, read_obelics, read_storyboard
 from .pairs import read_image_text, read_video_text
-from .samples import Media, Row, Sample
+from .samples import Document, Media, Row, Sample
 
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[Row], Sample]] = {
     "storyboard": read_storyboard,
     "instruction": read_instruction,
 }
+KINDS_IN_TOKENS = ("mmc4",)
 NUM_ROWS_TO_JUDGE = 100  # before so many rows, the fraction of broken ones says nothing yet
 
 
@@ -78,6 +79,9 @@ class SourceStream:
         num_readers: how many there are: ranks times workers.
         repeat: begin again at the end.
         encoder: encodes each sample, which may give several pieces; None gives `Sample`s.
+
+    Raises:
+        ValueError: if the kind measures in tokens and there is no encoder.
     """
 
     def __init__(
@@ -89,6 +93,10 @@ class SourceStream:
         repeat: bool = True,
         encoder: EmuSampleEncoder | None = None,
     ):
+        if source.kind in KINDS_IN_TOKENS and encoder is None:
+            raise ValueError(
+                f"source {source.name}: got no encoder, expected one, which measures {source.kind} in tokens"
+            )
         self.source = source
         self.seed = seed
         self.reader = reader
@@ -157,7 +165,7 @@ class SourceStream:
                 key,
                 Media(self.source.shards[number], self.source.media),
                 random.Random(f"{self.seed}:{self.source.name}:{self.state['epoch']}:{number}:{index}"),
-                self.encoder.count_document_tokens if self.encoder else None,
+                self._count_tokens,
             )
             sample = KINDS[self.source.kind](row)
             return self.encoder(sample) if self.encoder else [sample]
@@ -168,6 +176,12 @@ class SourceStream:
             logger.warning("source %s: broken row %s is left out: %s", self.source.name, key, describe_error(error))
             self._check_broken(min_rows=NUM_ROWS_TO_JUDGE)
             return []
+
+    def _count_tokens(self, document: Document) -> int:
+        """The length of a document; kinds that ask for it have an encoder."""
+        if self.encoder is None:
+            raise ValueError(f"kind {self.source.kind}: got no encoder, expected one to measure in tokens")
+        return self.encoder.count_document_tokens(document)
 
     def _check_broken(self, min_rows: int) -> None:
         """Stop a run whose source is broken, once enough rows have been read to tell."""
