@@ -8,6 +8,7 @@ import typer
 from .demo import demo
 from .generate import generate
 from .info import info
+from .train import train
 
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for command in (generate, info, demo):
     app.command()(command)
+app.add_typer(train)
 
 
 def main() -> None:

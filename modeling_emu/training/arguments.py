@@ -33,7 +33,8 @@ class EmuTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads documents."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "EmuTrainer stops at such a loss."})
-    report_to: str | list[str] | None = field(default="tensorboard", metadata={"help": "Trackers."})
+    # Not as in TrainingArguments: HfArgumentParser takes no union with a list but in one order. A list works.
+    report_to: str | None = field(default="tensorboard", metadata={"help": "Tracker, or a list of them."})
 
     def __post_init__(self) -> None:
         check_parts(self.freeze, "freeze")

@@ -8,11 +8,13 @@ import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
@@ -46,6 +48,17 @@ def count_targets(batch: dict[str, Any], config: EmuConfig) -> torch.Tensor:
     is_slot = input_ids == config.image_token_id
     starts = (input_ids[:, :-1] == config.image_start_token_id) & is_slot[:, 1:]
     return torch.stack([is_target.sum(), (is_slot[:, :-1] | starts).sum()])
+
+
+@runtime_checkable
+class SplitDataset(Protocol):
+    """A stream that reads one rank's part by itself, as those of `modeling_emu.data` do."""
+
+    def split(self, rank: int, world_size: int) -> None:
+        """Read this rank's part only."""
+
+    def count_rows(self) -> dict[str, dict[str, int]]:
+        """Per source the rows read so far and the broken ones among them."""
 
 
 class LossTotals:
@@ -108,6 +121,31 @@ class EmuTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return dataset
 
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, **kwargs: Any
+    ) -> DataLoader:
+        """As in Trainer; a stream that splits itself over ranks is not divided again.
+
+        A stream that ends cannot do that, since ranks would end at different times: evaluation divides it by batches.
+        """
+        if not isinstance(dataset, SplitDataset):
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        division: dict[str, int] = {}
+        if kwargs.get("is_training", False):
+            copies = self.get_tp_size()  # ranks that share a batch
+            dataset.split(self.args.process_index // copies, self.args.world_size // copies)
+            division = {"num_processes": 1, "process_index": 0}
+        loader = DataLoader(
+            cast(IterableDataset, dataset),
+            batch_size=None if getattr(dataset, "batch_sizes", None) else batch_size,  # then batches come ready
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(loader, self.args.device, put_on_device=True, dispatch_batches=False, **division)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Count the targets of these micro-batches on all processes: `(2,)`, long, on `device`."""
         counts = torch.zeros(2, dtype=torch.long)
@@ -130,7 +168,8 @@ class EmuTrainer(Trainer):
         """
         keys = inputs.get(KEYS, [])
         # Without a cache, position_ids alone tell where a packed document ends.
-        outputs = model(**{name: value for name, value in inputs.items() if name != KEYS}, use_cache=False)
+        arguments = {"use_cache": False} | {name: value for name, value in inputs.items() if name != KEYS}
+        outputs = model(**arguments)
         sums = torch.stack([outputs.text_loss_sum, outputs.regression_loss_sum.to(outputs.text_loss_sum.device)])
         counts = torch.stack([outputs.num_text_targets, outputs.num_regression_targets.to(sums.device)])
         if num_items_in_batch is None:

@@ -1,0 +1,46 @@
+"""`emu train`: a recipe to a trained model, in one process or in as many as torchrun or accelerate start."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .reporting import reports_errors
+
+
+Recipe = Annotated[str, typer.Option("--recipe", metavar="FILE", help="YAML file, or the name of a packaged recipe.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value of the recipe; repeatable.")
+]
+
+train = typer.Typer(
+    name="train",
+    help="Train from a recipe: TrainingArguments' own names, and what Emu needs besides.",
+    no_args_is_help=True,
+)
+
+
+@train.command()
+@reports_errors
+def pretrain(recipe: Recipe, settings: Settings = None) -> None:
+    """Train on documents of text, images and video, with both losses."""
+    from ..training.recipes import PretrainArguments, parse_recipe
+    from ..training.run import pretrain as run_pretrain
+
+    _say_where(run_pretrain(*parse_recipe(recipe, settings or [], PretrainArguments)))
+
+
+@train.command()
+@reports_errors
+def instruct(recipe: Recipe, settings: Settings = None) -> None:
+    """Tune on conversations: LoRA on the language model, loss on the answers."""
+    from ..training.recipes import InstructArguments, parse_recipe
+    from ..training.run import instruct as run_instruct
+
+    _say_where(run_instruct(*parse_recipe(recipe, settings or [], InstructArguments)))
+
+
+def _say_where(folder: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(folder)

@@ -1,0 +1,190 @@
+"""Recipes: YAML files over TrainingArguments' own names, with what Emu needs besides. Nothing unknown is let through."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from .arguments import EmuTrainingArguments
+
+
+PACKAGED_RECIPES = Path(__file__).with_name("recipes")
+SOURCE_KEYS = ("kind", "files", "media", "name", "max_broken_fraction", "weight", "batch_size")
+OBJECTIVE_KEYS = (
+    "text_loss_weight",
+    "regression_loss_weight",
+    "regression_loss",
+    "normalize_regression_targets",
+    "supervise_image_start",
+)
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclass
+class DataArguments:
+    """Which model a recipe trains, and on what.
+
+    Raises:
+        ValueError: for unknown keys, no source, or batch sizes that fit neither each other nor packing.
+    """
+
+    model: str = field(metadata={"help": "Folder or Hub id of the model to start from."})
+    sources: list[dict] = field(
+        metadata={"help": "Per source: kind and files, as in EmuSource, and its weight or batch_size in the mixture."}
+    )
+    eval_sources: list[dict] = field(
+        default_factory=list, metadata={"help": "Sources to evaluate on, once through; as sources."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or auto."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
+    objective: dict = field(
+        default_factory=dict, metadata={"help": f"Fields of EmuConfig to change: {', '.join(OBJECTIVE_KEYS)}."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a row; None is the model's context."}
+    )
+    packing: bool = field(default=True, metadata={"help": "Several documents per row instead of padding."})
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources: got none, expected at least one")
+        check_keys(self.objective, OBJECTIVE_KEYS, "objective")
+        for source in (*self.sources, *self.eval_sources):
+            check_keys(source, SOURCE_KEYS, "source")
+            if missing := [key for key in ("kind", "files") if key not in source]:
+                raise ValueError(f"source: got none of {missing}, expected both kind and files")
+        sized = ["batch_size" in source for source in self.sources]
+        if any(sized) != all(sized):
+            raise ValueError("batch_size of the sources: got it for some, expected it for all or none")
+        if any(sized) and self.packing:
+            raise ValueError("packing: got true with a batch_size per source, expected false")
+
+
+@dataclass
+class PretrainArguments(DataArguments):
+    """What a pretraining recipe may say besides `EmuTrainingArguments`."""
+
+
+@dataclass
+class InstructArguments(DataArguments):
+    """What a recipe of instruction tuning may say besides `EmuTrainingArguments`.
+
+    Raises:
+        ValueError: if the adapter is to be merged into quantised weights.
+    """
+
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's scale, times its rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    merge_adapter: bool = field(default=False, metadata={"help": "Save the model with the adapter merged into it."})
+    quantization: str | None = field(default=None, metadata={"help": "nf4: the language model in 4 bits (CUDA)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantization not in (None, "nf4"):
+            raise ValueError(f"quantization: got {self.quantization!r}, expected nf4 or nothing")
+        if self.quantization and self.merge_adapter:
+            raise ValueError("merge_adapter: got true, expected false with quantised weights, which would be rounded")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML as recipes write it: `no` is a word, as in `save_strategy: no`, and 1e-5 is a number."""
+
+
+BOOL_TAG, FLOAT_TAG = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL_TAG]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(BOOL_TAG, re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+RecipeLoader.add_implicit_resolver(FLOAT_TAG, re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def check_keys(got: Iterable[str], expected: Sequence[str], what: str) -> None:
+    """Refuse a key that is not expected, with the nearest one that is.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for key in got:
+        if key not in expected:
+            nearest = difflib.get_close_matches(str(key), expected, n=1, cutoff=0)
+            raise ValueError(f"key of the {what}: got {key!r}, expected a known one; the nearest is {nearest[0]!r}")
+
+
+def find_recipe(name: str) -> Path:
+    """Give the file of a recipe: a path, or the name of one that comes along.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for path in (Path(name), PACKAGED_RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in PACKAGED_RECIPES.glob("*.yaml")))
+    raise ValueError(f"recipe: got {name!r}, expected a file, or one of {known}")
+
+
+def read_recipe(name: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe's keys and values.
+
+    Args:
+        name: see `find_recipe`.
+        settings: `key=value`, the value in YAML, which replace the recipe's; `objective.text_loss_weight=2` reaches
+            into a mapping.
+
+    Raises:
+        ValueError: if it is no mapping, is no YAML, or a setting has no `=`.
+    """
+    path = find_recipe(name)
+    try:
+        recipe = yaml.load(path.read_text(), RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path}: got broken YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path}: got {type(recipe).__name__}, expected keys with values")
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set: got {setting!r}, expected key=value")
+        *folders, last = key.split(".")
+        target = recipe
+        for folder in folders:
+            target = target.setdefault(folder, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"--set: got {key!r}, but {folder!r} holds no keys, expected a key of a mapping")
+        target[last] = yaml.load(value, RecipeLoader)
+    return recipe
+
+
+def parse_recipe(
+    name: str, settings: Sequence[str], arguments_class: type[Arguments]
+) -> tuple[Arguments, EmuTrainingArguments]:
+    """Read a recipe into its two kinds of arguments.
+
+    Args:
+        arguments_class: `PretrainArguments` or `InstructArguments`.
+
+    Raises:
+        ValueError: for an unknown key, with the nearest one, a missing one, or a value that cannot be.
+    """
+    recipe = read_recipe(name, settings)
+    classes = (arguments_class, EmuTrainingArguments)
+    fields = [field for parsed in classes for field in dataclasses.fields(parsed) if field.init]  # type: ignore[arg-type]
+    check_keys(recipe, [field.name for field in fields], "recipe")
+    needed = {
+        field.name
+        for field in dataclasses.fields(arguments_class)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted((needed | {"output_dir"}) - recipe.keys()):
+        raise ValueError(f"recipe {name!r}: got none of the keys {missing}, expected them (--set key=value)")
+    arguments, training_arguments = HfArgumentParser(classes).parse_dict(recipe)
+    return arguments, training_arguments

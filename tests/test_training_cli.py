@@ -1,0 +1,75 @@
+"""`emu train` as a user calls it: in one process, under torchrun, and with a recipe that is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from test_training_recipes import make_settings, write_pairs
+from typer.testing import CliRunner
+
+from modeling_emu.cli import app
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_options(settings: list[str]) -> list[str]:
+    return [option for setting in settings for option in ("--set", setting)]
+
+
+def test_pretrain_from_the_command_line_resumes(tmp_path):
+    settings = make_settings(tmp_path, write_pairs(tmp_path / "pairs"), "image_text", "save_strategy=steps")
+    options = make_options([*settings, "save_steps=2"])
+    result = CliRunner().invoke(app, ["train", "pretrain", "--recipe", "pretrain-cpu", *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "final")
+    whole = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    (tmp_path / "out" / "checkpoint-3" / "checkpoint_complete").unlink()  # as if killed while it was written
+    options += make_options(["resume_from_checkpoint=true"])
+    result = CliRunner().invoke(app, ["train", "pretrain", "--recipe", "pretrain-cpu", *options])
+    assert result.exit_code == 0, result.output
+    resumed = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
+
+
+def test_two_processes_by_torchrun(tmp_path):
+    settings = make_settings(tmp_path, write_pairs(tmp_path / "pairs"), "image_text", "packing=false")
+    code = "from modeling_emu.cli import main; main()"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
+    process = subprocess.run(
+        [
+            sys.executable,
+            *command,
+            "-c",
+            code,
+            "train",
+            "pretrain",
+            "--recipe",
+            "pretrain-cpu",
+            *make_options(settings),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    # two ranks of two documents each, with 5 regression targets per image
+    assert "'num_regression_targets': 20" in process.stdout
+    assert process.stdout.splitlines().count(str(tmp_path / "out" / "final")) == 1
+
+
+def test_a_wrong_recipe_is_one_line():
+    result = CliRunner().invoke(app, ["train", "instruct", "--recipe", "emu-i", "--set", "learnig_rate=1"])
+    assert result.exit_code == 2
+    assert "the nearest is 'learning_rate'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_loads_no_library():
+    code = "import sys; import modeling_emu.cli; print([m for m in ('torch', 'transformers', 'yaml') if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

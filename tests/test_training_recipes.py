@@ -1,0 +1,176 @@
+"""Recipes: what they may say, what they say by default, and a run of each kind from files to a folder."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel
+
+from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
+from modeling_emu.cli.loading import EMU_TINY
+from modeling_emu.training.recipes import (
+    PACKAGED_RECIPES,
+    InstructArguments,
+    PretrainArguments,
+    find_recipe,
+    parse_recipe,
+    read_recipe,
+)
+from modeling_emu.training.run import FINAL_FOLDER, instruct, pretrain
+
+
+COLOURS = {"red": (214, 64, 54), "blue": (56, 108, 214)}
+
+
+def write_pairs(folder) -> str:
+    """An image folder of two coloured squares with their captions."""
+    folder.mkdir()
+    rows = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (32, 32), colour).save(folder / f"{name}.png")
+        rows.append({"file_name": f"{name}.png", "text": f"a {name} square"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "metadata.jsonl")
+
+
+def write_instructions(folder) -> str:
+    rows = [{"instruction": f"Name the colour {name}.", "input": "", "output": f"It is {name}."} for name in COLOURS]
+    folder.mkdir()
+    (folder / "alpaca.json").write_text(json.dumps(rows))
+    return str(folder / "alpaca.json")
+
+
+def make_settings(tmp_path, files: str, kind: str, *more: str) -> list[str]:
+    return [
+        f"model={EMU_TINY}",
+        f"sources=[{{kind: {kind}, files: '{files}'}}]",
+        f"output_dir={tmp_path / 'out'}",
+        "max_steps=3",
+        "save_strategy=no",
+        "logging_steps=1",
+        "disable_tqdm=true",
+        *more,
+    ]
+
+
+def make_recipe(tmp_path, text: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGED_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_recipes_are_complete_and_known(path):
+    arguments_class = PretrainArguments if "pretrain" in path.stem else InstructArguments
+    arguments, training = parse_recipe(path.stem, ["use_cpu=true"], arguments_class)
+    assert arguments.sources
+    assert training.max_steps > 0
+
+
+def test_published_values_of_pretraining():
+    _, training = parse_recipe("emu-pretrain", ["use_cpu=true"], PretrainArguments)
+    assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.98, 1e-6)
+    assert (training.weight_decay, training.lr_scheduler_type, training.max_steps) == (0.05, "cosine", 10000)
+    rates = {part: training.get_part_learning_rate(part) for part in ("vision", "causal_former", "language_model")}
+    assert rates == {"vision": 4e-5, "causal_former": 1e-4, "language_model": 3e-5}
+    assert training.get_warmup_steps(10000) == 2000
+
+
+def test_published_values_of_instruction_tuning():
+    arguments, _ = parse_recipe("emu-i", ["use_cpu=true"], InstructArguments)
+    assert (arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout) == (16, 16, 0.05)
+
+
+def test_settings_replace_values_and_reach_into_mappings(tmp_path):
+    name = make_recipe(tmp_path, "save_strategy: no\nlearning_rate: 1e-5\nobjective: {text_loss_weight: 1}\n")
+    recipe = read_recipe(name, ["objective.regression_loss_weight=0.5", "bf16=true", "optim=sgd"])
+    assert recipe == {
+        "save_strategy": "no",
+        "learning_rate": 1e-5,
+        "objective": {"text_loss_weight": 1, "regression_loss_weight": 0.5},
+        "bf16": True,
+        "optim": "sgd",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "got 'learning_rat', expected a known one; the nearest is 'learning_rate'"),
+        ("vison_learning_rate: 1", "the nearest is 'vision_learning_rate'"),
+        ("sources: [{kind: mmc4, file: x}]", "key of the source: got 'file', .* nearest is 'files'"),
+        ("sources: [{kind: mmc4}]", "expected both kind and files"),
+        ("sources: []", "sources: got none"),
+        ("objective: {text_weight: 1}\nsources: [{kind: a, files: b}]", "nearest is 'text_loss_weight'"),
+        ("sources: [{kind: a, files: b, batch_size: 2}, {kind: c, files: d}]", "expected it for all or none"),
+        ("sources: [{kind: a, files: b, batch_size: 2}]", "packing: got true with a batch_size"),
+        ("- a", "got list, expected keys with values"),
+        ("a: [", "got broken YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path, text, message):
+    name = make_recipe(tmp_path, text)
+    settings = [] if text.startswith(("-", "a:")) else ["model=x", "output_dir=y"]
+    if text.startswith(("learning_rat:", "vison")):
+        settings.append("sources=[{kind: a, files: b}]")
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(name, settings, PretrainArguments)
+
+
+def test_a_missing_key_file_or_value_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none of the keys \['model', 'output_dir'\]"):
+        parse_recipe(make_recipe(tmp_path, "sources: [{kind: a, files: b}]"), [], PretrainArguments)
+    with pytest.raises(ValueError, match="got 'nothing', expected a file, or one of emu-i, emu-pretrain"):
+        find_recipe("nothing")
+    with pytest.raises(ValueError, match="--set: got 'bf16', expected key=value"):
+        read_recipe("emu-i", ["bf16"])
+    with pytest.raises(ValueError, match="merge_adapter: got true"):
+        parse_recipe("instruct-24gb", ["use_cpu=true", "merge_adapter=true"], InstructArguments)
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_pretraining_from_files_to_a_folder(tmp_path, packing):
+    files = write_pairs(tmp_path / "pairs")
+    settings = make_settings(tmp_path, files, "image_text", f"packing={packing}", "objective.text_loss_weight=0.5")
+    folder = pretrain(*parse_recipe("pretrain-cpu", settings, PretrainArguments))
+    assert folder == tmp_path / "out" / FINAL_FOLDER
+    before = EmuForMultimodalGeneration.from_pretrained(EMU_TINY)
+    after = EmuForMultimodalGeneration.from_pretrained(folder)
+    assert after.config.text_loss_weight == 0.5
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert EmuProcessor.from_pretrained(folder).num_image_tokens == after.config.num_image_tokens
+    assert list((tmp_path / "out").rglob("events.out.tfevents*")), "TensorBoard's file"
+
+
+def test_one_source_per_step_with_its_own_batch_size(tmp_path):
+    files = write_pairs(tmp_path / "pairs")
+    sources = f"sources=[{{kind: image_text, files: '{files}', batch_size: 3}}]"
+    settings = [*make_settings(tmp_path, files, "image_text", "packing=false"), sources]
+    eval_sources = f"eval_sources=[{{kind: image_text, files: '{files}'}}]"
+    settings += [eval_sources, "eval_strategy=steps", "eval_steps=3", "save_strategy=steps", "save_steps=3"]
+    pretrain(*parse_recipe("pretrain-cpu", settings, PretrainArguments))
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    first, evaluation = state["log_history"][0], state["log_history"][-1]
+    assert first["num_regression_targets"] == 3 * 5  # 4 slots and [/IMG]
+    assert evaluation["eval_num_regression_targets"] == 2 * 5
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path):
+    files = write_pairs(tmp_path / "pairs")
+    settings = [*make_settings(tmp_path, files, "image_text"), "max_steps=-1"]
+    with pytest.raises(ValueError, match="max_steps: got -1"):
+        pretrain(*parse_recipe("pretrain-cpu", settings, PretrainArguments))
+
+
+def test_instruction_tuning_from_files_to_an_adapter_or_a_model(tmp_path):
+    files = write_instructions(tmp_path / "data")
+    folders = {}
+    for merge in ("false", "true"):
+        settings = make_settings(tmp_path / merge, files, "instruction", f"merge_adapter={merge}")
+        folders[merge] = instruct(*parse_recipe("instruct-cpu", settings, InstructArguments))
+    assert (folders["false"] / "adapter_config.json").is_file()
+    merged = AutoModel.from_pretrained(folders["true"], trust_remote_code=True)
+    assert merged.config.variant == "instruct"
+    processor = EmuProcessor.from_pretrained(folders["true"])
+    assert processor.tokenizer.convert_tokens_to_ids(["[USER]", "[ASSISTANT]"]) == [1004, 1005]
