@@ -1,10 +1,13 @@
 """The mixture, packing and the collator: what is drawn, how full rows are, whole tensors, and equal losses and gradients."""
 
+import functools
 import itertools
 import json
 import shutil
+import threading
 import time
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -393,6 +396,23 @@ def test_steps_resume_exactly(folder):
         resumed = make_mixture()
         resumed.load_state_dict(states[at])
         assert [[s.key for s in batch] for batch in itertools.islice(resumed, 7)] == batches[at + 1 : at + 8]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_are_streamed_from_a_server(folder, num_workers):
+    class QuietHandler(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        source = EmuSource("image_text", [f"{address}/pairs/0000{shard}.tar" for shard in range(5)])
+        mixture = EmuMixture([source], repeat=False)
+        loader = DataLoader(mixture, batch_size=None, num_workers=num_workers, collate_fn=get_key)
+        keys = list(loader)
+        server.shutdown()
+    assert sorted(keys) == [f"{address}/pairs/{s:05d}.tar:{s:05d}{row:04d}" for s in range(5) for row in range(8)]
 
 
 @pytest.mark.parametrize("kind", ["image_text", "instruction"])
