@@ -24,13 +24,14 @@ def encode_conversation(processor: EmuProcessor) -> dict[str, torch.Tensor]:
     return {"input_ids": inputs["input_ids"]}
 
 
-def tune(model, processor, tmp_path):
+def tune(model, processor, tmp_path, **kwargs):
     """LoRA for a few steps on one conversation; the adapter is far from nothing then."""
     add_instruct_tokens(model, processor)
     tuned = add_lora(model)
     ids = encode_conversation(processor)["input_ids"][0].tolist()
     sample = {"ids": ids, "labels": ids, "pixels": torch.empty(0, 3, 28, 28), "key": "a"}
-    arguments = make_arguments(str(tmp_path / "run"), 1, num_train_epochs=5, optim="adamw_torch", learning_rate=0.02)
+    settings = {"num_train_epochs": 5, "optim": "adamw_torch", "learning_rate": 0.02, **kwargs}
+    arguments = make_arguments(str(tmp_path / "run"), 1, **settings)
     trainer = EmuTrainer(model=tuned, args=arguments, train_dataset=[sample], data_collator=TinyCollator())
     trainer.train()
     return tuned.eval()
@@ -71,11 +72,12 @@ def test_new_tokens_start_from_their_words(model_and_processor):
     assert len(processor.tokenizer) == num_rows + 2
 
 
-def test_training_moves_the_adapter_only(model_and_processor, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_moves_the_adapter_only(model_and_processor, tmp_path, checkpointing):
     model, processor = model_and_processor
     add_instruct_tokens(model, processor)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    tuned = tune(model, processor, tmp_path)
+    tuned = tune(model, processor, tmp_path, activation_checkpointing=checkpointing)
     moved = 0
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:

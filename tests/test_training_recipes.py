@@ -127,6 +127,8 @@ def test_a_missing_key_file_or_value_is_named(tmp_path):
         read_recipe("emu-i", ["bf16"])
     with pytest.raises(ValueError, match="merge_adapter: got true"):
         parse_recipe("instruct-24gb", ["use_cpu=true", "merge_adapter=true"], InstructArguments)
+    with pytest.raises(ValueError, match="expected none, since only answers are learned"):
+        parse_recipe("emu-i", ["use_cpu=true", "objective.regression_loss_weight=1"], InstructArguments)
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
