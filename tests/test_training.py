@@ -252,6 +252,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+def test_every_process_stops_at_the_loss_of_one_and_names_its_samples(two_processes):
+    first, second = two_processes["errors"]
+    assert first == second
+    assert first.endswith("samples of these micro-batches: shard-0:2, shard-0:3")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     trainer = make_killable_trainer(str(tmp_path_factory.mktemp("whole")))

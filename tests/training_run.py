@@ -107,7 +107,11 @@ def make_arguments(output_dir: str, batch_size: int = 4, accumulation: int = 1, 
 
 
 def run_training(
-    model: EmuForMultimodalGeneration, batch_size: int, accumulation: int = 1, packed: bool = False
+    model: EmuForMultimodalGeneration,
+    batch_size: int,
+    accumulation: int = 1,
+    packed: bool = False,
+    samples: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train two steps on all samples; gives gradients, weights and logs."""
     keep = KeepGradients()
@@ -115,7 +119,7 @@ def run_training(
         trainer = EmuTrainer(
             model=model,
             args=make_arguments(folder, batch_size, accumulation),
-            train_dataset=make_samples(),
+            train_dataset=make_samples() if samples is None else samples,
             data_collator=TinyCollator(packed),
             callbacks=[keep],
         )
@@ -125,9 +129,17 @@ def run_training(
 
 
 def main(folder: str, outputs_file: str) -> None:
-    results = {}
+    results: dict[str, Any] = {}
     for name, settings in {"2 x 2": (2,), "2 x 1 x 2": (1, 2), "2 x 2 packed": (2, 1, True)}.items():
         results[name] = run_training(EmuForMultimodalGeneration.from_pretrained(folder), *settings)
+    samples = make_samples()
+    samples[2]["pixels"][0, 0, 0, 0] = float("nan")  # the second process reads it
+    try:
+        run_training(EmuForMultimodalGeneration.from_pretrained(folder), 2, samples=samples)
+    except FloatingPointError as error:
+        messages: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(messages, str(error))
+        results["errors"] = messages
     sharded = EmuForMultimodalGeneration.from_pretrained(
         folder, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size())
     )
