@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from PIL import Image
 from transformers import AutoModel
 
@@ -75,6 +76,16 @@ def test_published_values_of_pretraining():
     rates = {part: training.get_part_learning_rate(part) for part in ("vision", "causal_former", "language_model")}
     assert rates == {"vision": 4e-5, "causal_former": 1e-4, "language_model": 3e-5}
     assert training.get_warmup_steps(10000) == 2000
+
+
+def test_fsdp_of_the_published_pretraining_finds_its_layers():
+    """Parsed and instantiated; not run."""
+    _, training = parse_recipe("emu-pretrain", ["use_cpu=true"], PretrainArguments)
+    plugin = FullyShardedDataParallelPlugin(**training.fsdp_plugin_args)
+    plugin.set_auto_wrap_policy(EmuForMultimodalGeneration.from_pretrained(EMU_TINY))
+    assert plugin.fsdp_version == 2
+    wrapped = {layer.__name__ for layer in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}
+    assert wrapped == {"Blip2EncoderLayer", "EmuCausalFormerLayer", "LlamaDecoderLayer"}
 
 
 def test_published_values_of_instruction_tuning():
