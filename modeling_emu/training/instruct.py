@@ -35,7 +35,7 @@ def add_instruct_tokens(model: EmuForMultimodalGeneration, processor: EmuProcess
         ValueError: if the tokenizer has more tokens than the model has rows, its own new ones apart.
 
     Source:
-        Emu, section 3.2; baaivision/Emu, Emu1.
+        baaivision/Emu, Emu1 (LoRA); that the rows start from the words is from a secondary source.
     """
     tokenizer = processor.tokenizer
     num_rows = model.get_input_embeddings().weight.shape[0]
@@ -69,7 +69,7 @@ def add_lora(
     """Freeze the model and put LoRA beside q, k, v and o of the language model; nothing else is touched.
 
     Source:
-        Emu, section 3.2; baaivision/Emu, Emu1.
+        baaivision/Emu, Emu1 (r, alpha and targets); the dropout is from a secondary source.
     """
     from peft import LoraConfig, get_peft_model
 
