@@ -15,8 +15,7 @@ MAX_SEED = 2**63 - 1  # of torch's generators
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether `error` is about what the user gave: values, files, missing packages, a loss that left
-    the numbers, or too little memory."""
+    """Whether `error` is about what the user gave: values, files, packages, a run that diverges, too little memory."""
     if isinstance(error, ValueError | OSError | ImportError | FloatingPointError):
         return True
     return type(error).__name__ in ("SafetensorError", "OutOfMemoryError")  # their libraries are not imported here
