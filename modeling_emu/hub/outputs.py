@@ -65,8 +65,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
         ValueError: if `output` is not empty, or if another process is writing it.
         OSError: if the disk is full, which the message says.
     """
-    with _workplace(output.absolute()) as workplace:
-        folder = workplace / "folder"
+    with _staging(output.absolute()) as staging:
+        folder = staging / "folder"
         folder.mkdir()
         yield folder
         check_output(output)
@@ -80,14 +80,14 @@ def whole_file(output: Path) -> Iterator[Path]:
     """As `whole_folder`, for one file: what is written to the path given becomes `output`."""
     if output.is_dir():
         raise ValueError(f"output: got {output}, a folder, expected a new file")
-    with _workplace(output.absolute()) as workplace:
-        yield workplace / "file"
+    with _staging(output.absolute()) as staging:
+        yield staging / "file"
         check_output(output)
-        (workplace / "file").rename(output)
+        (staging / "file").rename(output)
 
 
 @contextmanager
-def _workplace(output: Path) -> Iterator[Path]:
+def _staging(output: Path) -> Iterator[Path]:
     """A temporary folder on the disk of `output`, for one process at a time."""
     check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def _workplace(output: Path) -> Iterator[Path]:
     try:
         for abandoned in output.parent.glob(f"{prefix}*"):  # by a process that was killed: the lock is ours
             shutil.rmtree(abandoned)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as workplace:
-            yield Path(workplace)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as staging:
+            yield Path(staging)
     except OSError as error:
         if error.errno in DISK_FULL:
             message = f"disk full while writing {output}: nothing is kept ({error.strerror})"
