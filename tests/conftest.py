@@ -5,6 +5,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported, and for the processes that tests start: over tensors this small, threads wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 

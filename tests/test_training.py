@@ -49,15 +49,6 @@ def make_trainer(tmp_path, model=None, samples=None, **kwargs) -> EmuTrainer:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the processes that these runs are compared with: other threads sum in another order."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def reference():
     """One process, four samples at once."""
