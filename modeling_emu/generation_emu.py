@@ -288,9 +288,7 @@ class EmuGenerationMixin(GenerationMixin):
         """End every row in `[IMG]`; rows that do already get one more position of padding on the left instead."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        has_start = (input_ids[:, -1:] == self.config.image_start_token_id) & (
-            attention_mask[:, -input_ids.shape[1] :][:, -1:] == 1
-        )
+        has_start = input_ids[:, -1:] == self.config.image_start_token_id  # never padding: that is on the left
         if bool(has_start.all()):
             return input_ids, attention_mask
         if past_key_values is not None and bool(has_start.any()):
