@@ -39,7 +39,7 @@ from conversion.checkpoint import (
 from conversion.key_table import Plan
 from conversion.sizes import read_field, read_json
 from conversion.weights import check_dtypes, check_tensors, compare_weights, count_dtypes, write_json
-from modeling_emu.pipeline_emu import make_model_index
+from modeling_emu.pipeline_emu import RGB_CHANNELS, make_model_index
 
 
 UNET_WEIGHTS = "diffusion_pytorch_model"
@@ -66,7 +66,8 @@ NETWORKS: dict[str, tuple[str, Callable[[Path], torch.nn.Module]]] = {
     "safety_checker": (CHECKER_WEIGHTS, build_safety_checker),
 }
 CONFIGURED = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
-OPTIONAL = ("safety_checker", "feature_extractor")
+SAFETY = ("safety_checker", "feature_extractor")
+OPTIONAL = ("vae", *SAFETY)
 
 
 def check_decoder(folder: Path, condition_size: int | None) -> list[str]:
@@ -77,18 +78,23 @@ def check_decoder(folder: Path, condition_size: int | None) -> list[str]:
         condition_size: width that the U-Net must read, that of the language model; None for any.
 
     Raises:
-        ValueError: if one is missing that cannot be left out (safety checker and its feature extractor can, together),
-            or if the U-Net reads another width.
+        ValueError: if one is missing that cannot be left out (the safety checker and its feature extractor can,
+            together, and the VAE of a U-Net that works on pixels), or if the U-Net reads another width.
     """
     present = [name for name in NETWORKS if (folder / name / "config.json").is_file()]
     present += [name for name, file in CONFIGURED.items() if (folder / name / file).is_file()]
     if absent := [name for name in (*NETWORKS, *CONFIGURED) if name not in present and name not in OPTIONAL]:
         raise ValueError(f"decoder {folder}: got no {', '.join(absent)} (with its configuration), expected them")
-    if len(optional := [name for name in OPTIONAL if name in present]) == 1:
+    if len(optional := [name for name in SAFETY if name in present]) == 1:
         raise ValueError(
-            f"decoder {folder}: got {optional[0]} alone, expected both of {' and '.join(OPTIONAL)}, or none"
+            f"decoder {folder}: got {optional[0]} alone, expected both of {' and '.join(SAFETY)}, or none"
         )
     file = folder / "unet" / "config.json"
+    if "vae" not in present and (channels := read_field(read_json(file), "in_channels", file)) != RGB_CHANNELS:
+        raise ValueError(
+            f"decoder {folder}: got no vae (with its configuration) and a U-Net of {channels} channels, expected a vae, "
+            f"or a U-Net of {RGB_CHANNELS} channels, which works on pixels"
+        )
     if condition_size not in (None, size := read_field(read_json(file), "cross_attention_dim", file)):
         raise ValueError(
             f"{file}: got cross_attention_dim {size}, expected {condition_size}, the width of the language model "

@@ -14,7 +14,7 @@
 """EmuPipeline: documents to pictures, and to documents with pictures in them.
 
 The multimodal encoder regresses N embeddings for a document; they condition a U-Net, guided against the embeddings of
-the empty prompt; the VAE makes the picture. The only file that needs diffusers. What the embeddings mean and how they
+the empty prompt; the VAE makes the picture, unless the U-Net works on pixels itself. The only file that needs diffusers. What the embeddings mean and how they
 are generated is the encoder's business.
 
 Shapes: B pictures, N slots per image, D width of the language model, C channels of the latents, H and W in pixels.
@@ -65,6 +65,7 @@ logger = logging.get_logger(__name__)
 Document = list[dict[str, Any]]
 Generators = torch.Generator | list[torch.Generator] | None
 
+RGB_CHANNELS = 3
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIPELINE_CLASS = ["pipeline_emu", "EmuPipeline"]
 
@@ -154,7 +155,7 @@ class EmuPipeline(DiffusionPipeline):
         multimodal_encoder: `EmuForMultimodalGeneration`; None where only embeddings are given to the call.
         processor: `EmuProcessor`; None as above.
         unet: whose cross-attention reads the width of the language model.
-        vae: of Stable Diffusion.
+        vae: of Stable Diffusion; None for a U-Net that works on pixels: the latents are RGB in [-1, 1] then.
         scheduler: any of diffusers' Karras schedulers.
         safety_checker: blacks pictures that it finds unsafe; None to leave the check out.
         feature_extractor: makes the safety checker's input.
@@ -165,7 +166,7 @@ class EmuPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "multimodal_encoder->unet->vae"
     _exclude_from_cpu_offload = ["safety_checker"]
-    _optional_components = ["multimodal_encoder", "processor", "safety_checker", "feature_extractor"]
+    _optional_components = ["multimodal_encoder", "processor", "vae", "safety_checker", "feature_extractor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
@@ -173,7 +174,7 @@ class EmuPipeline(DiffusionPipeline):
         multimodal_encoder: transformers.PreTrainedModel | None,
         processor: transformers.ProcessorMixin | None,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | None,
         scheduler: KarrasDiffusionSchedulers,
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: BaseImageProcessor | None = None,
@@ -190,6 +191,11 @@ class EmuPipeline(DiffusionPipeline):
                     f"unet.config.cross_attention_dim: got {unet.config.cross_attention_dim}, expected {width}, the "
                     f"width of the multimodal encoder's language model"
                 )
+        if vae is None and unet.config.in_channels != RGB_CHANNELS:
+            raise ValueError(
+                f"unet.config.in_channels: got {unet.config.in_channels} without a vae, expected {RGB_CHANNELS}: without "
+                f"one, the U-Net works on pixels"
+            )
         self.register_modules(
             multimodal_encoder=multimodal_encoder,
             processor=processor,
@@ -199,7 +205,7 @@ class EmuPipeline(DiffusionPipeline):
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
         )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._null_embeds: torch.Tensor | None = None
         self._null_embeds_of: tuple = ()
@@ -229,21 +235,31 @@ class EmuPipeline(DiffusionPipeline):
         """Set `_interrupt` in a callback to leave out the remaining steps."""
         return self._interrupt
 
+    def _get_vae(self) -> AutoencoderKL:
+        """The VAE, where what is asked for needs one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.vae is None:
+            raise ValueError("vae: got None, expected one: a U-Net that works on pixels has nothing to slice or tile")
+        return self.vae
+
     def enable_vae_slicing(self) -> None:
         """Decode one picture after the other, to save memory."""
-        self.vae.enable_slicing()
+        self._get_vae().enable_slicing()
 
     def disable_vae_slicing(self) -> None:
         """Decode all pictures at once."""
-        self.vae.disable_slicing()
+        self._get_vae().disable_slicing()
 
     def enable_vae_tiling(self) -> None:
         """Decode large pictures in tiles, to save memory."""
-        self.vae.enable_tiling()
+        self._get_vae().enable_tiling()
 
     def disable_vae_tiling(self) -> None:
         """Decode pictures whole."""
-        self.vae.disable_tiling()
+        self._get_vae().disable_tiling()
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -472,7 +488,9 @@ class EmuPipeline(DiffusionPipeline):
         return {"generator": generator} if accepts_generator else {}
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to pictures `(B, 3, H, W)`, in the range [-1, 1] but for the VAE's error."""
+        """Latents to pictures `(B, 3, H, W)`, in the range [-1, 1] but for the error of the VAE or of the U-Net."""
+        if self.vae is None:
+            return latents
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents, return_dict=False)[0]
 

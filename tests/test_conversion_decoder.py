@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDENS, convert_golden
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from conversion.checkpoint import write_safetensors
@@ -153,6 +154,17 @@ def test_a_decoder_without_safety_checker_is_a_decoder(source, tmp_path):
 def test_a_missing_component_is_named(source, tmp_path, name):
     shutil.rmtree(source / name)
     assert f"no {name}" in refuse(source, tmp_path / "output")
+
+
+def test_a_unet_that_works_on_pixels_needs_no_vae(source, tmp_path):
+    unet_config = UNet2DConditionModel.load_config(source / "unet") | {"in_channels": 3, "out_channels": 3}
+    shutil.rmtree(source / "unet")
+    UNet2DConditionModel.from_config(unet_config).save_pretrained(source / "unet")
+    shutil.rmtree(source / "vae")
+    folder = convert(source, tmp_path / "output")
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == [None, None]
+    assert not (folder / "vae").exists()
+    assert load_file(folder / "unet" / WEIGHTS["unet"][1])["conv_in.weight"].shape[1] == 3
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from conftest import GOLDENS
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -29,10 +30,14 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import CLIPImageProcessorPil
+from transformers import AutoModel, CLIPImageProcessorPil
+from typer.testing import CliRunner
 
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
+from modeling_emu.cli import app
+from modeling_emu.cli.loading import load_pipeline
 from modeling_emu.documents_emu import get_frame_indices, prepare_documents
+from modeling_emu.hub.repository import find_decoder_problems
 
 
 GOLDEN = GOLDENS / "pretrain"
@@ -594,6 +599,80 @@ def test_from_pipe_shares_the_components(pipe):
     assert all(other.components[name] is part for name, part in pipe.components.items())
     got, expected = (p("a", generator=seeded(), output_type="np", **SHORT).images for p in (other, pipe))
     assert np.array_equal(got, expected)
+
+
+# -- without a VAE -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixel_unet():
+    """A U-Net that works on pixels. Not to be changed."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=SIZE,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        cross_attention_dim=WIDTH,
+    )
+
+
+@pytest.fixture
+def pixel_pipe(components, pixel_unet):
+    """A pipeline whose pictures no VAE decodes."""
+    return make_pipe(components, vae=None, unet=pixel_unet, safety_checker=None, feature_extractor=None)
+
+
+def test_without_a_vae_the_latents_are_the_picture(pixel_pipe):
+    assert pixel_pipe.vae_scale_factor == 1
+    assert pixel_pipe.default_size == (SIZE, SIZE)
+    call = {"num_inference_steps": 3, "height": 18, "width": 20}
+    latents = pixel_pipe("a", generator=seeded(), output_type="latent", **call).images
+    assert latents.shape == (1, 3, 18, 20)
+    assert torch.equal(pixel_pipe.decode_latents(latents), latents)
+    picture = pixel_pipe("a", generator=seeded(), output_type="pt", **call).images
+    assert torch.equal(picture, (latents / 2 + 0.5).clamp(0, 1))
+
+
+def test_without_a_vae_there_is_nothing_to_slice_or_tile(pixel_pipe):
+    for name in ("enable_vae_slicing", "disable_vae_slicing", "enable_vae_tiling", "disable_vae_tiling"):
+        with pytest.raises(ValueError, match="vae: got None, expected one"):
+            getattr(pixel_pipe, name)()
+
+
+def test_without_a_vae_the_unet_must_work_on_pixels(components):
+    with pytest.raises(ValueError, match="in_channels: got 4 without a vae, expected 3"):
+        make_pipe(components, vae=None)
+
+
+def test_a_repository_without_a_vae_loads_everywhere(pixel_pipe, tmp_path):
+    folder = tmp_path / "saved"
+    pixel_pipe.save_pretrained(folder)
+    assert not (folder / "vae").exists()
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["vae"] == [None, None]
+    assert find_decoder_problems(folder) == []
+    expected = pixel_pipe("a", generator=seeded(), output_type="pt", **SHORT).images
+
+    diffusers_own = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    for loaded in (diffusers_own, load_pipeline(folder), make_pipe(load_pipeline(folder).components)):
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.vae is None
+        got = loaded("a", generator=seeded(), output_type="pt", **SHORT).images
+        assert_close(got, expected, atol=1e-5, rtol=0)  # memory is aligned otherwise
+    assert torch.equal(model.lm_head.weight, pixel_pipe.multimodal_encoder.lm_head.weight)
+
+    result = CliRunner().invoke(app, ["info", str(folder)])
+    assert "works on pixels" in " ".join(result.output.split())
+    options = ["--mode", "image", "--model", str(folder), "--steps", "2", "--seed", "1", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["generate", "a", *options])
+    assert Image.open(result.stdout.strip()).size == (SIZE, SIZE)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

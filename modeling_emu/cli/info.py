@@ -136,7 +136,7 @@ def smallest_card_gb(needed_bytes: int) -> int | None:
     return next((size for size in CARD_SIZES_GB if needed_bytes <= size * 1e9 * (1 - FREE_SHARE)), None)
 
 
-def describe_sizes(config: Any, folder: Path) -> dict[str, str]:
+def describe_sizes(config: Any, folder: Path, parts: dict[str, PartSize]) -> dict[str, str]:
     """Describe the networks of an `EmuConfig` in one line each."""
     vision, former, text = config.vision_config, config.causal_former_config, config.text_config
     sizes = {
@@ -158,7 +158,7 @@ def describe_sizes(config: Any, folder: Path) -> dict[str, str]:
         unet_config = json.loads(unet.read_text(encoding="utf-8"))
         sizes["visual decoder"] = (
             f"U-Net {'/'.join(map(str, unet_config['block_out_channels']))}, reads width "
-            f"{unet_config['cross_attention_dim']}"
+            f"{unet_config['cross_attention_dim']}{'' if 'VAE' in parts else ', works on pixels'}"
         )
     else:
         sizes["visual decoder"] = "none: this folder gives text and embeddings, no pictures"
@@ -180,7 +180,7 @@ def info(
         folder = find_configuration(model)
         config = EmuConfig.from_pretrained(folder)
         parts = count_parameters(read_all_shapes(folder) if is_folder(model) else fetch_all_shapes(model))
-    _print_tables(describe_sizes(config, folder), parts, compute_cache_bytes(config.text_config))
+    _print_tables(describe_sizes(config, folder, parts), parts, compute_cache_bytes(config.text_config))
 
 
 def _print_tables(sizes: dict[str, str], parts: dict[str, PartSize], cache_bytes: int) -> None:

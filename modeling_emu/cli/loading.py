@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..processing_emu import EmuProcessor
 
 EMU_TINY = Path(__file__).parents[1] / "emu_tiny"
+NO_COMPONENT = (None, None)  # in model_index.json
 UNTRAINED = "untrained"  # config.variant of a model that only shows how things work
 
 # What commands read of a Hub repository, as its patterns.
@@ -51,7 +52,7 @@ def find_model(model: str | None, *, with_decoder: bool) -> Path:
     folder = find_configuration(str(EMU_TINY) if model is None else model)
     if with_decoder and not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"--model: got {model!r}, which has no visual decoder (model_index.json, unet/, vae/), "
+            f"--model: got {model!r}, which has no visual decoder (model_index.json, unet/), "
             "expected one to draw images; --mode text works without"
         )
     if model is None or is_folder(model):
@@ -208,14 +209,17 @@ def load_pipeline(folder: Path, dtype: str = "auto", device: str = "auto") -> "E
         from ..pipeline_emu import EmuPipeline
 
     index = EmuPipeline.load_config(folder)
-    classes = {name: _find_class(index, name) for name in ("unet", "vae", "scheduler")}
+    has_vae = tuple(index.get("vae", NO_COMPONENT)) != NO_COMPONENT  # without one, the U-Net works on pixels
+    names = ("unet", "vae", "scheduler") if has_vae else ("unet", "scheduler")
+    networks = {name: _find_class(index, name) for name in names}
+    scheduler = networks.pop("scheduler")
+    if (folder / "safety_checker").is_dir():
+        networks["safety_checker"] = StableDiffusionSafetyChecker
     model = load_model(folder, dtype, device)
-    networks = {"unet": classes["unet"], "vae": classes["vae"], "safety_checker": StableDiffusionSafetyChecker}
-    components: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor"))
+    components: dict[str, Any] = dict.fromkeys(("vae", "safety_checker", "feature_extractor"))
     for name, network in networks.items():
-        if (folder / name).is_dir():
-            components[name] = network.from_pretrained(folder / name, dtype=model.dtype).to(model.device).eval()
-    components["scheduler"] = classes["scheduler"].from_pretrained(folder / "scheduler")
+        components[name] = network.from_pretrained(folder / name, dtype=model.dtype).to(model.device).eval()
+    components["scheduler"] = scheduler.from_pretrained(folder / "scheduler")
     if (folder / "feature_extractor").is_dir():
         components["feature_extractor"] = CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor")
     return EmuPipeline(multimodal_encoder=model, processor=load_processor(folder), **components)
