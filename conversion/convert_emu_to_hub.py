@@ -58,7 +58,7 @@ from conversion.key_table import (
     separate_adapter,
 )
 from conversion.sizes import build_config, read_text_config
-from conversion.tokenizer import build_tokenizer, get_emu_tokens
+from conversion.tokenizer import build_tokenizer
 from conversion.weights import (
     MODEL_DTYPES,
     check_dtypes,
@@ -74,6 +74,7 @@ from conversion.weights import (
 from modeling_emu.configuration_emu import EmuConfig
 from modeling_emu.hub.outputs import check_free_space, check_output, whole_folder
 from modeling_emu.hub.repository import ADAPTER_FOLDER, check_repository, write_repository_files
+from modeling_emu.hub.tokenizer import get_emu_tokens
 from modeling_emu.modeling_emu import EmuForMultimodalGeneration
 from modeling_emu.processing_emu import EmuProcessor
 

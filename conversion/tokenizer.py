@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from modeling_emu.configuration_emu import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
-
-
-PAD_TOKEN = "[PAD]"
-USER_TOKEN = "[USER]"
-ASSISTANT_TOKEN = "[ASSISTANT]"
-LLAMA_TOKENS = ("<unk>", "<s>", "</s>")
-WORD_START = "\u2581"
+from modeling_emu.hub.tokenizer import (
+    LLAMA_TOKENS,
+    PAD_TOKEN,
+    WORD_START,
+    add_tokens_and_wrap,
+    get_emu_tokens,
+    set_text_rules,
+)
 
 
 class Piece(NamedTuple):
@@ -43,16 +43,6 @@ class Piece(NamedTuple):
 
     text: str
     score: float
-
-
-def get_emu_tokens(variant: str) -> tuple[str, ...]:
-    """The tokens that Emu adds to a language model, in the order of their ids.
-
-    Args:
-        variant: "instruct" (Emu-I) has the marks of the two speakers besides.
-    """
-    tokens = (PAD_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN)
-    return (*tokens, USER_TOKEN, ASSISTANT_TOKEN) if variant == "instruct" else tokens
 
 
 def build_tokenizer(llama_config: str | Path, variant: str = "pretrain") -> PreTrainedTokenizerFast:
@@ -83,24 +73,7 @@ def build_tokenizer(llama_config: str | Path, variant: str = "pretrain") -> PreT
 
     backend = build_backend(pieces)
     verify_backend(backend, reference, model_file)
-    added_tokens = [get_added_token(token) for token in (*LLAMA_TOKENS, *get_emu_tokens(variant))]
-    backend.add_special_tokens(added_tokens)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    unknown, begin, end, pad, *others = added_tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token=unknown,
-        bos_token=begin,
-        eos_token=end,
-        pad_token=pad,
-        extra_special_tokens=others,
-        padding_side="left",
-        model_max_length=model_max_length,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    return add_tokens_and_wrap(backend, variant, model_max_length)
 
 
 def add_emu_tokens(tokenizer: PreTrainedTokenizerFast, variant: str = "pretrain") -> int:
@@ -171,10 +144,7 @@ def build_backend(pieces: list[Piece]) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(WORD_START), normalizers.Replace(" ", WORD_START)])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(WORD_START, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    set_text_rules(backend)
     return backend
 
 
@@ -198,8 +168,3 @@ def verify_backend(backend: Tokenizer, reference: sentencepiece.SentencePiecePro
                 f"ids of {text!r}: got {encoding.ids}, expected {expected} as {model_file} gives; only a model of "
                 f"LLaMA's kind (byte-pair encoding, word-start prefix) can be converted"
             )
-
-
-def get_added_token(token: str) -> AddedToken:
-    """A special token that drops the white space on both sides, as the published tokenizer does."""
-    return AddedToken(token, special=True, normalized=False, lstrip=True, rstrip=True)
