@@ -55,6 +55,20 @@ def test_config_alone_brings_no_diffusers():
     assert run_python(code) == "False"
 
 
+def test_training_without_its_extra_says_what_to_install():
+    code = """
+import sys
+sys.modules["datasets"] = None  # as if it were not installed
+import modeling_emu
+try:
+    modeling_emu.EmuDataCollator
+except ImportError as error:
+    print(error)
+"""
+    expected = "EmuDataCollator: got no datasets, expected it (pip install modeling-emu[train])"
+    assert run_python(code).splitlines()[-1] == expected
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="EmuNothing"):
         _ = modeling_emu.EmuNothing

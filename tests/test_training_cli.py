@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from test_training_recipes import make_settings, write_pairs
+from test_training_samples import read_events, read_pictures, read_texts
 from typer.testing import CliRunner
 
 from modeling_emu.cli import app
@@ -38,6 +39,7 @@ def test_two_processes_by_torchrun(tmp_path):
     files = write_pairs(tmp_path / "pairs")
     settings = make_settings(tmp_path, files, "image_text", "packing=false", "eval_strategy=steps", "eval_steps=3")
     settings += [f"eval_sources=[{{kind: image_text, files: '{files}'}}]", "per_device_eval_batch_size=1"]
+    settings += ["sample_prompts=[a red square]"]
     code = "from modeling_emu.cli import main; main()"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
     process = subprocess.run(
@@ -63,6 +65,9 @@ def test_two_processes_by_torchrun(tmp_path):
     assert "'num_regression_targets': 20" in process.stdout
     assert "'eval_num_regression_targets': 10" in process.stdout  # each document once, on one of the ranks
     assert process.stdout.splitlines().count(str(tmp_path / "out" / "final")) == 1
+    events = read_events(tmp_path)  # one file: one of the ranks reports
+    assert [step for step, _ in read_texts(events, 0)] == [3]
+    assert len(read_pictures(events, 0)) == 1
 
 
 def test_a_wrong_recipe_is_one_line():

@@ -136,6 +136,8 @@ def test_a_missing_key_file_or_value_is_named(tmp_path):
         find_recipe("nothing")
     with pytest.raises(ValueError, match="--set: got 'bf16', expected key=value"):
         read_recipe("emu-i", ["bf16"])
+    with pytest.raises(ValueError, match=r"--set sources: got broken YAML in '\[a, b'"):
+        read_recipe("emu-i", ["sources=[a, b"])
     with pytest.raises(ValueError, match="merge_adapter: got true"):
         parse_recipe("instruct-24gb", ["use_cpu=true", "merge_adapter=true"], InstructArguments)
     with pytest.raises(ValueError, match="expected none, since only answers are learned"):

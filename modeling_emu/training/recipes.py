@@ -51,6 +51,12 @@ class DataArguments:
         default=None, metadata={"help": "Most tokens of a row; None is the model's context."}
     )
     packing: bool = field(default=True, metadata={"help": "Several documents per row instead of padding."})
+    sample_prompts: list[Any] = field(
+        default_factory=list,
+        metadata={
+            "help": "Texts, or lists of parts; at each evaluation the tracker gets what the model makes of them."
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -143,7 +149,7 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> dict[str, Any]:
             into a mapping.
 
     Raises:
-        ValueError: if it is no mapping, is no YAML, or a setting has no `=`.
+        ValueError: if it is no mapping, it or a setting is no YAML, or a setting has no `=`.
     """
     path = find_recipe(name)
     try:
@@ -162,7 +168,10 @@ def read_recipe(name: str, settings: Sequence[str] = ()) -> dict[str, Any]:
             target = target.setdefault(folder, {})
             if not isinstance(target, dict):
                 raise ValueError(f"--set: got {key!r}, but {folder!r} holds no keys, expected a key of a mapping")
-        target[last] = yaml.load(value, RecipeLoader)
+        try:
+            target[last] = yaml.load(value, RecipeLoader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {key}: got broken YAML in {value!r}: {error}") from error
     return recipe
 
 
@@ -177,16 +186,19 @@ def parse_recipe(
     Raises:
         ValueError: for an unknown key, with the nearest one, a missing one, or a value that cannot be.
     """
+    return parse_as(name, settings, arguments_class, EmuTrainingArguments)
+
+
+def parse_as(name: str, settings: Sequence[str], *classes: Any) -> tuple[Any, ...]:
+    """Read a recipe into one object of each of these dataclasses; see `parse_recipe`."""
     recipe = read_recipe(name, settings)
-    classes = (arguments_class, EmuTrainingArguments)
-    fields = [field for parsed in classes for field in dataclasses.fields(parsed) if field.init]  # type: ignore[arg-type]
+    fields = [field for parsed in classes for field in dataclasses.fields(parsed) if field.init]
     check_keys(recipe, [field.name for field in fields], "recipe")
     needed = {
         field.name
-        for field in dataclasses.fields(arguments_class)  # type: ignore[arg-type]
+        for field in fields
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     if missing := sorted((needed | {"output_dir"}) - recipe.keys()):
         raise ValueError(f"recipe {name!r}: got none of the keys {missing}, expected them (--set key=value)")
-    arguments, training_arguments = HfArgumentParser(classes).parse_dict(recipe)
-    return arguments, training_arguments
+    return HfArgumentParser(classes).parse_dict(recipe)

@@ -12,6 +12,7 @@ from ..processing_emu import EmuProcessor
 from .arguments import EmuTrainingArguments
 from .instruct import add_instruct_tokens, add_lora, save_tuned
 from .recipes import DataArguments, InstructArguments, PretrainArguments
+from .samples import EmuSamplesCallback, has_decoder
 from .trainer import EmuTrainer
 
 
@@ -48,24 +49,34 @@ def make_dataset(
 def make_trainer(
     model: Any, processor: EmuProcessor, arguments: DataArguments, training_arguments: EmuTrainingArguments
 ) -> EmuTrainer:
-    """Put a model and the data of its recipe into a trainer.
+    """Put a model and the data of its recipe into a trainer, with samples where the recipe has prompts for them.
 
     Raises:
-        ValueError: if `max_steps` is not given: a stream has no end.
+        ValueError: if `max_steps` is not given: a stream has no end; or if there are prompts, but no evaluation.
     """
     if training_arguments.max_steps <= 0:
         raise ValueError(f"max_steps: got {training_arguments.max_steps}, expected at least 1: the data has no end")
+    if arguments.sample_prompts and training_arguments.eval_strategy == "no":
+        raise ValueError(
+            "sample_prompts: got some with eval_strategy no, expected steps or epoch: evaluation asks them"
+        )
     seed = training_arguments.seed if training_arguments.data_seed is None else training_arguments.data_seed
     eval_dataset = None
     if arguments.eval_sources:
         eval_dataset = make_dataset(arguments, arguments.eval_sources, processor, seed, repeat=False)
-    return EmuTrainer(
+    trainer = EmuTrainer(
         model=model,
         args=training_arguments,
         train_dataset=make_dataset(arguments, arguments.sources, processor, seed, repeat=True),
         eval_dataset=eval_dataset,
         data_collator=EmuDataCollator(processor, return_keys=True),
     )
+    if arguments.sample_prompts:
+        # Instruction tuning learns answers alone: pictures would show nothing of it.
+        draws = model.config.regression_loss_weight > 0 and has_decoder(arguments.model)
+        decoder = arguments.model if draws else None
+        trainer.add_callback(EmuSamplesCallback(trainer, processor, arguments.sample_prompts, decoder))
+    return trainer
 
 
 def finish(trainer: EmuTrainer) -> None:
