@@ -1,4 +1,5 @@
-"""`emu info`: what a model folder holds and what it needs, from its configuration and the headers of its weights."""
+"""`emu info`: what a model folder holds and what it needs, from its configuration and the headers of its weights; and
+what a training recipe needs, from configurations alone."""
 
 import json
 import math
@@ -6,11 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .reporting import progress, reports_errors
+from .train import Settings
+
+
+if TYPE_CHECKING:
+    from ..configuration_emu import EmuConfig
 
 
 Shapes = dict[str, Sequence[int]]  # of the tensors in one folder, by name
@@ -25,6 +31,7 @@ ENCODER_PARTS = {
 }
 # Subfolder with weights -> part of the model.
 PART_OF_FOLDER = {"adapter": "adapter", "unet": "U-Net", "vae": "VAE", "safety_checker": "safety checker"}
+PUBLISHED = "published"  # as the model of a recipe: the published sizes, without a folder
 CARD_SIZES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 # What a card must keep free beside weights and cache: activations, the driver, fragments.
 FREE_SHARE = 0.1
@@ -167,12 +174,27 @@ def describe_sizes(config: Any, folder: Path, parts: dict[str, PartSize]) -> dic
 
 @reports_errors
 def info(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="Model folder or Hub id.")],
+    model: Annotated[str | None, typer.Argument(metavar="[DIR]", help="Model folder or Hub id.")] = None,
+    training: Annotated[
+        str | None, typer.Option("--training", metavar="RECIPE", help="Say what this recipe's training needs instead.")
+    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Say what a model holds: variant, sizes, parameters, memory by dtype, and what a GPU needs.
 
-    Of a model on the Hub, configurations and the headers of the weights are read, not the weights.
+    Of a model on the Hub, configurations and the headers of the weights are read, not the weights. With --training, the
+    same of a recipe: weights, gradients, optimiser states, activations, for one GPU and for many; its model needs no more
+    than a config.json, and `--set model=published` stands for the sizes of the published one.
     """
+    if training is not None:
+        if model is not None:
+            raise ValueError(f"emu info: got {model!r} and --training, expected --training alone (--set model=DIR)")
+        _print_training(training, settings or [])
+        return
+    if model is None:
+        raise ValueError("emu info: got neither, expected a model's folder or Hub id, or --training RECIPE")
+    if settings:
+        raise ValueError("--set: got it without --training, expected it with a recipe")
     with progress("Reading the headers"):
         from ..configuration_emu import EmuConfig
         from .loading import find_configuration, is_folder
@@ -215,3 +237,53 @@ def _print_tables(sizes: dict[str, str], parts: dict[str, PartSize], cache_bytes
 
 def _readable(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def find_training_configuration(model: str) -> "EmuConfig":
+    """Give the configuration of a recipe's model: a folder's or a Hub repository's, or the published sizes.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from ..configuration_emu import EmuConfig
+    from .loading import find_configuration
+
+    if model == PUBLISHED and not Path(model).is_dir():
+        return EmuConfig()  # its defaults are the published checkpoint
+    try:
+        return EmuConfig.from_pretrained(find_configuration(model))
+    except ValueError as error:
+        raise ValueError(
+            f"model of the recipe: got {model!r}, which has no configuration to read ({error}); "
+            f"expected --set model=DIR with a config.json, or --set model={PUBLISHED} for the published sizes"
+        ) from error
+
+
+def _print_training(recipe: str, settings: list[str]) -> None:
+    with progress("Computing"):
+        from ..training.memory import plan_training
+
+        plan = plan_training(recipe, settings, find_training_configuration)
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"emu train {plan.kind} --recipe {recipe}: {plan.num_parameters:,} parameters, {plan.num_trained:,} trained"
+    )
+    table = Table("source", "rows", "length", "images", box=None, title="A process reads", title_justify="left")
+    for batch in plan.batches:
+        table.add_row(batch.name, *(f"{size:,}" for size in (batch.num_rows, batch.length, batch.num_images)))
+    console.print(table)
+    columns = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "total")
+    table = Table("GPUs", *columns, "each", box=None, title="Memory of a process", title_justify="left")
+    for name, memory in plan.memory.items():
+        card = smallest_card_gb(memory.total)
+        table.add_row(
+            name, *(_readable(getattr(memory, column)) for column in columns), f"{card} GB" if card else "none"
+        )
+    console.print(table)
+    console.print(
+        "Weights, gradients and optimiser states are exact; copies, activations and logits are estimates for the source "
+        f"that needs most. Each: the smallest common card that keeps {FREE_SHARE:.0%} free. Computed, not measured."
+    )
