@@ -41,6 +41,17 @@ def instruct(recipe: Recipe, settings: Settings = None) -> None:
     _say_where(run_instruct(*parse_recipe(recipe, settings or [], InstructArguments)))
 
 
+@train.command()
+@reports_errors
+def decoder(recipe: Recipe, settings: Settings = None) -> None:
+    """Train the visual decoder's U-Net on embeddings of the frozen model."""
+    from ..training.decoder_arguments import DecoderArguments, DecoderTrainingArguments
+    from ..training.decoder_run import train_decoder
+    from ..training.recipes import parse_as
+
+    _say_where(train_decoder(*parse_as(recipe, settings or [], DecoderArguments, DecoderTrainingArguments)))
+
+
 def _say_where(folder: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         typer.echo(folder)
