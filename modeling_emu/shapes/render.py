@@ -41,7 +41,9 @@ MAX_TINT = 8.0
 GROUND = (240.0, 252.0)
 
 # Samples per pixel, in both directions.
-_SAMPLES = 4
+_SAMPLES = 2
+# Half the width of an edge, in pixels.
+_SOFT = 0.5 / _SAMPLES
 # How far the corners of a shape may be from its centre, in radii: as far as it reaches while it turns.
 _MAX_REACH = math.sqrt(2)
 # Painted around the canvas and cut off: a large heart that turns reaches a little over the edge.
@@ -68,35 +70,33 @@ class Figure:
     angle: float = 0.0
 
 
-def is_inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Which points belong to a shape that fills the square from -1 to 1.
+def compute_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """How far points are from the edge of a shape that fills the square from -1 to 1.
 
     Args:
         shape: one of `SHAPES`.
         u, v: to the right and down; of shapes that broadcast together.
 
     Returns:
-        bool, of the broadcast shape.
+        Negative inside, of the broadcast shape; exact near an edge, a bound of the right sign elsewhere.
     """
+    side, height = np.abs(u), np.abs(v)
     if shape == "circle":
-        return u * u + v * v <= 1
+        return np.hypot(u, v) - 1
     if shape == "square":
-        return (np.abs(u) <= 0.92) & (np.abs(v) <= 0.92)
+        return np.maximum(side, height) - 0.92
     if shape == "triangle":
-        return (2 * np.abs(u) <= v + 1) & (v <= 1)
+        return np.maximum((2 * side - v - 1) / math.sqrt(5), v - 1)
     if shape == "diamond":
-        return np.abs(u) + np.abs(v) <= 1
+        return (side + height - 1) / math.sqrt(2)
     if shape == "cross":
-        across, along = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
-        return (across <= 0.34) & (along <= 1)
+        return np.maximum(np.minimum(side, height) - 0.34, np.maximum(side, height) - 1)
     if shape == "ring":
-        square = u * u + v * v
-        return (square <= 1) & (square >= 0.52**2)
+        return np.abs(np.hypot(u, v) - 0.76) - 0.24
     # A heart: two round lobes above, and a wedge whose sides touch them.
-    side = np.abs(u)
-    lobes = (side - 0.5) ** 2 + (v + 0.4) ** 2 <= 0.5**2
-    wedge = (side <= 0.72 * (1 - v)) & (v >= -0.4) & (side <= 0.96)
-    return lobes | wedge
+    lobes = np.hypot(side - 0.5, v + 0.4) - 0.5
+    wedge = np.maximum((side - 0.72 * (1 - v)) / math.hypot(1, 0.72), np.maximum(side - 0.96, -0.4 - v))
+    return np.minimum(lobes, wedge)
 
 
 def compute_coverage(figure: Figure, scale: int = 1) -> tuple[int, int, np.ndarray]:
@@ -114,7 +114,7 @@ def compute_coverage(figure: Figure, scale: int = 1) -> tuple[int, int, np.ndarr
     reach = radius if figure.angle == 0 else radius * _MAX_REACH
     spans = []
     for centre in (figure.y * scale, figure.x * scale):
-        first, last = math.floor(centre - reach), math.ceil(centre + reach)
+        first, last = math.floor(centre - reach - _SOFT), math.ceil(centre + reach + _SOFT)
         points = first + (np.arange((last - first) * _SAMPLES) + 0.5) / _SAMPLES
         spans.append((first, (points - centre) / radius))
     (top, v), (left, u) = spans
@@ -122,10 +122,11 @@ def compute_coverage(figure: Figure, scale: int = 1) -> tuple[int, int, np.ndarr
     if figure.angle:
         cos, sin = math.cos(2 * math.pi * figure.angle), math.sin(2 * math.pi * figure.angle)
         u, v = cos * u + sin * v, cos * v - sin * u
-    inside = is_inside(figure.shape, u, v)
-    height, width = inside.shape[0] // _SAMPLES, inside.shape[1] // _SAMPLES
-    counts = inside.reshape(height, _SAMPLES, width, _SAMPLES).sum(axis=(1, 3))
-    return top, left, counts / _SAMPLES**2
+    # A sample at the edge is half covered: the picture changes smoothly as the figure moves.
+    samples = (0.5 - compute_distance(figure.shape, u, v) * radius * _SAMPLES).clip(0, 1)
+    height, width = samples.shape[0] // _SAMPLES, samples.shape[1] // _SAMPLES
+    coverage = samples.reshape(height, _SAMPLES, width, _SAMPLES).mean(axis=(1, 3))
+    return top, left, coverage
 
 
 def paint(figures: Sequence[Figure], ground: float, size: int = CANVAS_SIZE) -> Image.Image:
@@ -141,7 +142,7 @@ def paint(figures: Sequence[Figure], ground: float, size: int = CANVAS_SIZE) -> 
     """
     scale = size // CANVAS_SIZE
     margin = _MARGIN * scale
-    canvas = np.full((size + 2 * margin, size + 2 * margin, 3), ground)
+    canvas = np.full((size + 2 * margin, size + 2 * margin, 3), float(ground))
     for figure in figures:
         top, left, coverage = compute_coverage(figure, scale)
         height, width = coverage.shape
