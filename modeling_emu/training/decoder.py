@@ -11,29 +11,28 @@ so the same data gives the same step for any split into micro-batches, accumulat
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed, tqdm
-from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from PIL import Image
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..pipeline_emu import EmuPipeline, EmuPipelineOutput
+from ..pipeline_emu import EmuPipeline
 from .checkpoints import get_last_complete_checkpoint, is_complete, mark_complete
 from .decoder_arguments import PIECEWISE_CONSTANT, DecoderTrainingArguments
 from .decoder_data import DecoderBatch, DecoderData
+from .decoder_pictures import PictureGrid, make_sheet, report_picture
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +55,23 @@ class DecoderDraws:
     latents_noise: torch.Tensor
     timesteps: torch.Tensor
     is_dropped: torch.Tensor
+
+
+@dataclass
+class DenoisingTask:
+    """What the U-Net gets for B samples, and what it should give.
+
+    Args:
+        noisy: `(B, C, H, W)`.
+        timesteps: `(B,)`, long.
+        condition: `(B, N, D)`, the null embeds where it was dropped.
+        target: as `noisy`: the noise, or the velocity.
+    """
+
+    noisy: torch.Tensor
+    timesteps: torch.Tensor
+    condition: torch.Tensor
+    target: torch.Tensor
 
 
 def draw_samples(
@@ -97,45 +113,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, args: DecoderTrainingArgumen
         return rate / args.learning_rate * (step / args.num_warmup_steps if is_warming_up else 1.0)
 
     return LambdaLR(optimizer, get_factor)
-
-
-class PictureGrid:
-    """Pictures of the same prompts, from the same noise, whenever they are drawn.
-
-    Args:
-        image_embeds: `(num_prompts, N, D)`, the prompts' conditions.
-        null_embeds: `(1, N, D)`.
-        open_vae: gives the VAE when it is needed; None for a U-Net that works on pixels.
-    """
-
-    def __init__(
-        self,
-        image_embeds: torch.Tensor,
-        null_embeds: torch.Tensor,
-        open_vae: Callable[[], AutoencoderKL | None],
-    ):
-        self.image_embeds = image_embeds
-        self.null_embeds = null_embeds
-        self.open_vae = open_vae
-
-    def draw(
-        self, unet: UNet2DConditionModel, scheduler: SchedulerMixin, args: DecoderTrainingArguments
-    ) -> list[Image.Image]:
-        """One picture per prompt; one prompt at a time."""
-        vae = self.open_vae()
-        pipeline = EmuPipeline(None, None, unet, None if vae is None else vae.to(unet.device), scheduler)
-        pipeline.set_progress_bar_config(disable=True)
-        calls = [
-            pipeline(
-                prompt_embeds=embeds[None],
-                negative_prompt_embeds=self.null_embeds,
-                num_inference_steps=args.validation_num_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=torch.Generator().manual_seed(args.seed),
-            )
-            for embeds in self.image_embeds
-        ]
-        return [cast(list[Image.Image], cast(EmuPipelineOutput, call).images)[0] for call in calls]
 
 
 class TrainingProgress:
@@ -238,8 +215,8 @@ class EmuDecoderTrainer:
             unet.train()
             self.ema.restore(self.parameters)
 
-    def compute_losses(self, batch: DecoderBatch, first: int) -> torch.Tensor:
-        """The loss of each sample, `(B,)`, float32.
+    def make_task(self, batch: DecoderBatch, first: int) -> DenoisingTask:
+        """Noisy latents and what is to be predicted from them.
 
         Args:
             batch: on the accelerator's device.
@@ -253,13 +230,20 @@ class EmuDecoderTrainer:
             for value in (draws.noise, draws.latents_noise, draws.timesteps, draws.is_dropped)
         )
         latents = mean + batch.latents_std * latents_noise
-        condition = torch.where(is_dropped[:, None, None], self.null_embeds, batch.image_embeds)
-        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         target = noise
         if args.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
-        predicted = self.unet(noisy, timesteps, encoder_hidden_states=condition).sample
-        return functional.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(1)
+        return DenoisingTask(
+            noisy=self.noise_scheduler.add_noise(latents, noise, timesteps),
+            timesteps=timesteps,
+            condition=torch.where(is_dropped[:, None, None], self.null_embeds, batch.image_embeds),
+            target=target,
+        )
+
+    def compute_losses(self, task: DenoisingTask) -> torch.Tensor:
+        """The mean squared error of each sample, `(B,)`, float32."""
+        predicted = self.unet(task.noisy, task.timesteps, encoder_hidden_states=task.condition).sample
+        return functional.mse_loss(predicted.float(), task.target, reduction="none").flatten(1).mean(1)
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Train up to `max_steps`.
@@ -310,7 +294,7 @@ class EmuDecoderTrainer:
             first = (number * accelerator.num_processes + accelerator.process_index) * len(batch.keys)
             with accelerator.accumulate(self.unet):
                 with accelerator.autocast():
-                    losses.append(self.compute_losses(batch.to(accelerator.device), first))
+                    losses.append(self.compute_losses(self.make_task(batch.to(accelerator.device), first)))
                 keys += batch.keys
                 accelerator.backward(losses[-1].mean())
                 if accelerator.sync_gradients:
@@ -349,8 +333,7 @@ class EmuDecoderTrainer:
         if self.accelerator.is_main_process:
             with self.averaged_weights() as unet, self.accelerator.autocast():
                 pictures = grid.draw(unet, self.scheduler, self.args)
-            num_columns = next(n for n in range(int(len(pictures) ** 0.5), 0, -1) if len(pictures) % n == 0)
-            sheet = make_image_grid(pictures, rows=num_columns, cols=len(pictures) // num_columns)
+            sheet = make_sheet(pictures)
             folder = Path(self.args.output_dir) / "pictures"
             folder.mkdir(parents=True, exist_ok=True)
             sheet.save(folder / f"step-{self.progress.step:06d}.png")
@@ -401,16 +384,3 @@ class EmuDecoderTrainer:
         """Close the trackers, and leave together: a process that ends while others talk to it takes them down."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-
-def report_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
-    """Hand a picture to TensorBoard, W&B or trackio; other trackers get the losses alone."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"pictures": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"pictures": [picture]}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({"pictures": trackio.Image(picture)}, step=step)

@@ -22,7 +22,7 @@ from ..documents_emu import prepare_part
 from ..modeling_emu import EmuForMultimodalGeneration
 from ..pipeline_emu import EmuPipeline
 from ..processing_emu import EmuProcessor
-from .decoder import EmuDecoderTrainer, PictureGrid
+from .decoder import EmuDecoderTrainer
 from .decoder_arguments import DecoderArguments, DecoderTrainingArguments
 from .decoder_cache import (
     SAMPLES_PER_SHARD,
@@ -35,6 +35,7 @@ from .decoder_cache import (
     write_null_embeds,
 )
 from .decoder_data import DecoderData, DecoderEncoder, DecoderStream, LiveDecoderData
+from .decoder_pictures import PictureGrid
 
 
 ENCODER_FILES = ("config.json", "processor_config.json", "tokenizer*.json", "*.safetensors*")
