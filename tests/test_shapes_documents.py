@@ -15,6 +15,7 @@ from modeling_emu.data.source import SourceStream
 from modeling_emu.documents_emu import load_video
 from modeling_emu.processing_emu import EmuProcessor
 from modeling_emu.shapes.captions import parse_caption, parse_clip_caption, parse_panel
+from modeling_emu.shapes.checker import read_clip, read_scene
 from modeling_emu.shapes.documents import STORY_SPLITS, TASK_KINDS, VALUES, Task, draw_task
 from modeling_emu.shapes.scenes import HELD_OUT_PAIRS, SPLITS, UNSEEN, Clip, Scene, get_clip_split, get_split
 from modeling_emu.shapes.shards import NUM_SHARDS, SHARD_LAYOUTS, draw_tasks, encode_video, write_shards
@@ -110,6 +111,14 @@ def test_captions_say_what_is_expected(split):
         assert parse_caption(get_texts(task)[0]) == task.expected == task.shown[0]
     for task in draw_many("clip_caption", 50, split):
         assert parse_clip_caption(task.target[0]["text"]) == task.expected == task.shown[0]
+
+
+@pytest.mark.parametrize("kind", TASK_KINDS)
+def test_pictures_and_videos_show_what_the_task_says(kind):
+    for task in draw_many(kind, 15):
+        media = [part for part in task.document if part["type"] != "text"]
+        read = [read_scene(part["image"]) if part["type"] == "image" else read_clip(part["video"]) for part in media]
+        assert tuple(read) == task.shown
 
 
 @pytest.mark.parametrize("kind", ["question", "clip_question", "pattern_text"])
@@ -294,6 +303,16 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")
     for folder in (tmp_path / "full", tmp_path / "full" / "note.txt"):
-        with pytest.raises(ValueError, match="which has something in it"):
+        with pytest.raises(ValueError, match="output: got"):
             write_shards(folder, {"caption": 1}, seed=0)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["note.txt"]
+
+
+def test_a_run_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr("modeling_emu.shapes.shards.encode_video", fail)
+    with pytest.raises(OSError, match="disk gone"):
+        write_shards(tmp_path / "shapes", {"caption": 8, "clip_caption": 1}, seed=0)
+    assert list(tmp_path.iterdir()) == []

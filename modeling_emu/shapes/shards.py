@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..hub.outputs import whole_folder
 from .documents import Task, draw_task
 from .scenes import SPLITS, UNSEEN
 
@@ -41,7 +42,7 @@ SHARD_LAYOUTS = {
 
 
 def write_shards(folder: str | os.PathLike, counts: Mapping[str, int], seed: int, split: str = "train") -> None:
-    """Write documents of the shapes' world, each kind into a folder of its own name.
+    """Write documents of the shapes' world, each kind into a folder of its own name; all of them, or on an error nothing.
 
     Args:
         folder: new or empty.
@@ -58,17 +59,15 @@ def write_shards(folder: str | os.PathLike, counts: Mapping[str, int], seed: int
             raise ValueError(f"documents: got {count} of kind {kind!r}, expected 1 or more of {list(SHARD_LAYOUTS)}")
     if split not in (*SPLITS, UNSEEN):
         raise ValueError(f"split: got {split!r}, expected one of {(*SPLITS, UNSEEN)}")
-    root = Path(folder)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"folder for shards: got {root}, which has something in it; expected a new or an empty one")
     writers = {"image_text": write_pairs, "video_text": write_pairs, "obelics": write_pages}
-    for kind, count in counts.items():
-        (root / kind).mkdir(parents=True)
-        write = writers.get(SHARD_LAYOUTS[kind][0], write_conversations)
-        num_shards = min(NUM_SHARDS, count)
-        for shard in range(num_shards):
-            indices = range(count * shard // num_shards, count * (shard + 1) // num_shards)
-            write(root / kind / f"{shard:05d}", draw_tasks(kind, indices, seed, split))
+    with whole_folder(Path(folder)) as root:
+        for kind, count in counts.items():
+            (root / kind).mkdir()
+            write = writers.get(SHARD_LAYOUTS[kind][0], write_conversations)
+            num_shards = min(NUM_SHARDS, count)
+            for shard in range(num_shards):
+                indices = range(count * shard // num_shards, count * (shard + 1) // num_shards)
+                write(root / kind / f"{shard:05d}", draw_tasks(kind, indices, seed, split))
 
 
 def draw_tasks(kind: str, indices: Iterable[int], seed: int, split: str) -> Iterator[tuple[str, Task]]:
