@@ -20,7 +20,7 @@ from modeling_emu import EmuConfig, EmuForMultimodalGeneration
 from modeling_emu.training.arguments import EmuTrainingArguments
 from modeling_emu.training.checkpoints import get_last_complete_checkpoint
 from modeling_emu.training.parts import PARTS, freeze_parts, get_part
-from modeling_emu.training.trainer import EmuTrainer, count_targets
+from modeling_emu.training.trainer import EmuTrainer, EvaluationShare, count_targets
 
 
 TESTS = Path(__file__).parent
@@ -172,6 +172,17 @@ def test_evaluation_is_exact_for_any_batch_size(tmp_path):
         assert metrics["eval_num_text_targets"] == expected.num_text_targets
 
 
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(0, 1), (1, 1), (3, 1), (4, 2), (7, 2), (5, None)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_evaluate_each_sample_once_and_run_equally_often(num_samples, batch_size, world_size):
+    stream = list(range(num_samples)) if batch_size else [[number] for number in range(num_samples)]
+    shares = [list(EvaluationShare(stream, batch_size, rank, world_size)) for rank in range(world_size)]
+    counted = [sample for share in shares for batch, is_repeated in share if not is_repeated for sample in batch]
+    assert sorted(counted) == list(range(num_samples))
+    assert len({len(share) for share in shares}) == 1
+    assert all(batch for share in shares for batch, _ in share)
+
+
 @pytest.mark.parametrize("frozen", [[], *([part] for part in PARTS), ["vision", "causal_former", "heads"]], ids=str)
 def test_frozen_parts_stay_and_the_others_move_at_their_rates(tmp_path, frozen):
     rates = {"vision": 0.04, "causal_former": 0.1, "language_model": 0.03, "heads": 0.05}
@@ -316,7 +327,23 @@ def test_eight_documents_are_learned_by_heart(tmp_path):
     last = trainer.evaluate(samples)
     assert last["eval_text_loss"] < 0.05
     assert last["eval_regression_loss"] < 1e-3
-    prompt = torch.tensor([[BOS, 30]])
-    answer = model.eval().generate(prompt, max_new_tokens=8, do_sample=False)
-    assert answer[0].tolist() == samples[0]["ids"]
-    assert image_ids()[0] not in answer[0]
+    assert_answers(model.eval(), samples)
+
+
+@torch.no_grad()
+def assert_answers(model: EmuForMultimodalGeneration, samples: list[dict]) -> None:
+    """From the beginning of each document, the model gives its images, and, after them, its text."""
+    for sample in samples:
+        ids = sample["ids"]
+        starts = [place for place, token in enumerate(ids) if token == image_ids()[0]]
+        pixels = sample["pixels"]
+        for number, start in enumerate(starts):
+            given = {"pixel_values": pixels[:number]} if number else {}
+            embeds = model.generate(torch.tensor([ids[:start]]), generation_mode="image", **given).image_embeds
+            expected = model.get_image_features(pixels[number : number + 1]).pooler_output[0]
+            assert torch.nn.functional.mse_loss(embeds[0], expected) < 1e-3
+        length = starts[-1] + len(image_ids()) if starts else 2
+        given = {"pixel_values": pixels} if starts else {}
+        answer = model.generate(torch.tensor([ids[:length]]), max_new_tokens=8, do_sample=False, **given)
+        if sample["labels"][-1] != -100 and len(ids) > length:
+            assert answer[0].tolist() == ids

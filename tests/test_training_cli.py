@@ -38,7 +38,10 @@ def test_pretrain_from_the_command_line_resumes(tmp_path):
 def test_two_processes_by_torchrun(tmp_path):
     files = write_pairs(tmp_path / "pairs")
     settings = make_settings(tmp_path, files, "image_text", "packing=false", "eval_strategy=steps", "eval_steps=3")
-    settings += [f"eval_sources=[{{kind: image_text, files: '{files}'}}]", "per_device_eval_batch_size=1"]
+    rows = Path(files).read_text().splitlines()
+    held_out = Path(files).with_name("held_out.jsonl")
+    held_out.write_text("\n".join([*rows, rows[0]]))
+    settings += [f"eval_sources=[{{kind: image_text, files: '{held_out}'}}]", "per_device_eval_batch_size=1"]
     settings += ["sample_prompts=[a red square]"]
     code = "from modeling_emu.cli import main; main()"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
@@ -63,7 +66,7 @@ def test_two_processes_by_torchrun(tmp_path):
     assert process.returncode == 0, process.stderr[-4000:]
     # two ranks of two documents each, with 5 regression targets per image
     assert "'num_regression_targets': 20" in process.stdout
-    assert "'eval_num_regression_targets': 10" in process.stdout  # each document once, on one of the ranks
+    assert "'eval_num_regression_targets': 15" in process.stdout  # each of three documents once, on one of the ranks
     assert process.stdout.splitlines().count(str(tmp_path / "out" / "final")) == 1
     events = read_events(tmp_path)  # one file: one of the ranks reports
     assert [step for step, _ in read_texts(events, 0)] == [3]

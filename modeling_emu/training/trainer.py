@@ -7,6 +7,9 @@ nothing of data sources, nor of files: it takes whatever a collator makes.
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -25,6 +28,7 @@ from .parts import freeze_parts, get_part
 
 
 KEYS = "keys"  # in a batch: the names of its samples
+REPEATED = "is_repeated"  # in a batch of an evaluation: that another rank counts it
 LOSSES = ("text", "regression")
 
 
@@ -59,6 +63,50 @@ class SplitDataset(Protocol):
 
     def count_rows(self) -> dict[str, dict[str, int]]:
         """Per source the rows read so far and the broken ones among them."""
+
+
+class EvaluationShare(IterableDataset):
+    """One rank's batches of a stream that ends; the ranks take them in turn.
+
+    Every rank gets as many, since ranks that share weights run together: where the last round has too few, a rank gets
+    the first one of the round again, marked, so that it is not counted twice.
+
+    Args:
+        stream: of samples, or of whole batches.
+        batch_size: samples of a batch; None where the stream has batches.
+        rank: of this process.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, stream: Iterable[Any], batch_size: int | None, rank: int, world_size: int):
+        self.stream = stream
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        """Batches, each with whether another rank counts it."""
+        samples = iter(self.stream)
+        size = self.batch_size
+        batches = samples if size is None else iter(lambda: list(islice(samples, size)), [])
+        place = self.world_size - 1
+        first = own = None
+        for number, batch in enumerate(batches):
+            place = number % self.world_size
+            if place == 0:
+                first, own = batch, None
+            if place == self.rank:
+                own = batch
+            if place == self.world_size - 1:
+                yield own, False
+        if place < self.world_size - 1:
+            yield (first, True) if own is None else (own, False)
+
+
+def collate_share(data_collator: Any, entry: tuple[Any, bool]) -> dict[str, Any]:
+    """One batch of an `EvaluationShare` as a collator makes it, with the mark."""
+    features, is_repeated = entry
+    return {**data_collator(features), REPEATED: is_repeated}
 
 
 class LossTotals:
@@ -126,25 +174,31 @@ class EmuTrainer(Trainer):
     ) -> DataLoader:
         """As in Trainer; a stream that splits itself over ranks is not divided again.
 
-        A stream that ends cannot do that, since ranks would end at different times: evaluation divides it by batches.
+        Its ranks may end at different times, so one that ends, for evaluation, is divided by batches.
         """
         if not isinstance(dataset, SplitDataset):
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
-        division: dict[str, int] = {}
+        copies = self.get_tp_size()  # ranks that share a batch
+        rank, world_size = self.args.process_index // copies, self.args.world_size // copies
+        size = None if getattr(dataset, "batch_sizes", None) else batch_size  # None: batches come ready
+        collate = self.data_collator
         if kwargs.get("is_training", False):
-            copies = self.get_tp_size()  # ranks that share a batch
-            dataset.split(self.args.process_index // copies, self.args.world_size // copies)
-            division = {"num_processes": 1, "process_index": 0}
+            dataset.split(rank, world_size)
+        else:
+            dataset = EvaluationShare(cast(Iterable[Any], dataset), size, rank, world_size)
+            size, collate = None, partial(collate_share, self.data_collator)
         loader = DataLoader(
             cast(IterableDataset, dataset),
-            batch_size=None if getattr(dataset, "batch_sizes", None) else batch_size,  # then batches come ready
-            collate_fn=self.data_collator,
+            batch_size=size,
+            collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return prepare_data_loader(loader, self.args.device, put_on_device=True, dispatch_batches=False, **division)
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """Count the targets of these micro-batches on all processes: `(2,)`, long, on `device`."""
@@ -168,7 +222,9 @@ class EmuTrainer(Trainer):
         """
         keys = inputs.get(KEYS, [])
         # Without a cache, position_ids alone tell where a packed document ends.
-        arguments = {"use_cache": False} | {name: value for name, value in inputs.items() if name != KEYS}
+        arguments = {"use_cache": False} | {
+            name: value for name, value in inputs.items() if name not in (KEYS, REPEATED)
+        }
         outputs = model(**arguments)
         sums = torch.stack([outputs.text_loss_sum, outputs.regression_loss_sum.to(outputs.text_loss_sum.device)])
         counts = torch.stack([outputs.num_text_targets, outputs.num_regression_targets.to(sums.device)])
@@ -182,6 +238,8 @@ class EmuTrainer(Trainer):
         if model.training:
             self.train_totals.add(sums.detach(), counts)
             self.losses_of_step.append((loss.detach(), keys))
+        elif inputs.get(REPEATED, False):
+            self.eval_totals.add(torch.zeros_like(sums), torch.zeros_like(counts))
         else:
             self.eval_totals.add(sums.detach(), counts)
         return (loss, outputs) if return_outputs else loss
