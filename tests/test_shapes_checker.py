@@ -175,6 +175,9 @@ def test_pictures_of_something_else_are_none():
     assert read_scene(to_image(rng.uniform(0, 255, (32, 32, 3)))) is None
     assert read_scene(to_image(np.zeros((32, 32, 3)))) is None
     assert read_scene(to_image(np.full((32, 32, 3), 128.0))) is None
+    item = Item("square", "red", "large", "middle")
+    assert agrees(Scene((item,)), paint([get_figure(item)], 235.0))
+    assert read_scene(paint([get_figure(item)], 210.0)) is None
     stripes = np.full((32, 32, 3), GREY)
     stripes[::4] = PALETTE["red"]
     assert read_scene(to_image(stripes)) is None

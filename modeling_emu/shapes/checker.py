@@ -23,8 +23,9 @@ from .scenes import COLOURS, MIDDLE, SHAPES, SIZES, TURNING_SHAPE, Clip, Item, S
 _WINDOW = CANVAS_SIZE // 2
 _CORNERS = tuple(place for place in CENTRES if place != MIDDLE)
 
-# The ground is what is at least this bright in every channel; no object is.
+# Pixels at least this bright in every channel belong to the ground; no object has such. Their median must be near white.
 _MIN_GROUND = 200
+_MIN_GROUND_MEDIAN = 220
 # A picture whose ground takes less than this share of it shows no scene: three large squares leave 45 %.
 _MIN_GROUND_SHARE = 0.3
 # Difference from the ground, of 255, that counts as ink; and the pixels of ink that make an object rather than a speck.
@@ -184,7 +185,7 @@ def _read_difference(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]
     if bright.mean() < _MIN_GROUND_SHARE:
         return pixels, None
     ground = np.median(pixels[bright], axis=0)
-    return pixels - ground, ground
+    return pixels - ground, ground if ground.min() >= _MIN_GROUND_MEDIAN else None
 
 
 def _get_window(place: str) -> tuple[slice, slice]:
