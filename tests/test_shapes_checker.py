@@ -1,6 +1,8 @@
 """The reader of pictures: right about pictures of scenes, also poor ones, and never content with wrong ones."""
 
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -320,3 +322,24 @@ def test_reading_is_fast():
     for image in images:
         read_picture(image)
     assert time.process_time() - begin < 2 * 60 / 100
+
+
+def test_the_checker_needs_no_network():
+    """Neither of ours nor of others: what judges generated pictures must not share a mistake with what painted them."""
+    program = "import sys, modeling_emu.shapes.checker; print(*sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    modules = set(result.stdout.split())
+    assert {"torch", "transformers", "diffusers", "scipy"} & modules == set()
+    ours = {name for name in modules if name.startswith("modeling_emu.")}
+    assert ours == {"modeling_emu.shapes"} | {
+        f"modeling_emu.shapes.{name}" for name in ("scenes", "render", "checker")
+    }
+
+
+def test_an_object_that_is_not_clear_counts_for_nothing_it_is_not():
+    item = Item("square", "red", "large", "middle")
+    image = paint([replace(get_figure(item), diameter=10.5)], GREY)
+    verdict = judge(Scene((item,)), image)
+    assert (verdict.count, verdict.shapes, verdict.colours, verdict.places, verdict.clean) == (True,) * 5
+    assert not verdict.sizes
+    assert not verdict.right
