@@ -5,7 +5,7 @@
 writes `shapes/caption/00000.tar` and so on, several shards per kind of task. Captions are img2dataset tars (a source
 reads each pair in either order, so that they teach drawing too), captions of clips are video2dataset tars, stories,
 patterns and blends are parquet as OBELICS has it, and questions and dialogues are JSON lines as LLaVA has them, with a
-tar of their pictures beside each shard. All of it is lossless, and the same seed writes the same bytes.
+tar of their pictures beside each shard. Any task can be a parquet page too ("question_page"). All of it is lossless, and the same seed writes the same bytes.
 """
 
 import io
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..hub.outputs import whole_folder
-from .documents import Task, draw_task
+from .documents import TASK_KINDS, Document, Task, draw_task
 from .scenes import SPLITS, UNSEEN
 
 
@@ -39,6 +39,9 @@ SHARD_LAYOUTS = {
     "clip_question": ("instruction", "*.jsonl"),
     "dialogue": ("instruction", "*.jsonl"),
 }
+# The same tasks as pages of plain text and pictures, frames of a video one by one: what a model reads before it is tuned.
+PAGE_SUFFIX = "_page"
+SHARD_LAYOUTS |= {f"{kind}{PAGE_SUFFIX}": ("obelics", "*.parquet") for kind in TASK_KINDS}
 
 
 def write_shards(folder: str | os.PathLike, counts: Mapping[str, int], seed: int, split: str = "train") -> None:
@@ -72,6 +75,7 @@ def write_shards(folder: str | os.PathLike, counts: Mapping[str, int], seed: int
 
 def draw_tasks(kind: str, indices: Iterable[int], seed: int, split: str) -> Iterator[tuple[str, Task]]:
     """The tasks with these numbers, each after its key."""
+    kind = kind.removesuffix(PAGE_SUFFIX)
     for index in indices:
         yield f"{index:09d}", draw_task(kind, random.Random(f"{seed}:{split}:{kind}:{index}"), split)
 
@@ -92,7 +96,7 @@ def write_pages(path: Path, tasks: Iterable[tuple[str, Task]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    documents = [task.document for _, task in tasks]
+    documents = [make_page(task) for _, task in tasks]
     texts = [[part.get("text") for part in document] for document in documents]
     images = [
         [
@@ -104,6 +108,19 @@ def write_pages(path: Path, tasks: Iterable[tuple[str, Task]]) -> None:
     image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {"texts": pa.array(texts, pa.list_(pa.string())), "images": pa.array(images, pa.list_(image_type))}
     pq.write_table(pa.table(columns), path.with_suffix(".parquet"))
+
+
+def make_page(task: Task) -> Document:
+    """A task's document with videos as their frames, and with neighbouring texts as one."""
+    page: Document = []
+    for part in task.document:
+        if part["type"] == "video":
+            page += [{"type": "image", "image": frame} for frame in part["video"]]
+        elif part["type"] == "text" and page and page[-1]["type"] == "text":
+            page[-1] = {"type": "text", "text": f"{page[-1]['text']} {part['text']}"}
+        else:
+            page.append(part)
+    return page
 
 
 def write_conversations(path: Path, tasks: Iterable[tuple[str, Task]]) -> None:
