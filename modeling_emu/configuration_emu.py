@@ -16,7 +16,7 @@
 Every default is the published 14B checkpoint; where the paper leaves a number open, the default is the published code.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -55,6 +55,7 @@ class EmuCausalFormerConfig(transformers.PreTrainedConfig):
 
     model_type = "emu_causal_former"
     base_config_key = "causal_former_config"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {"layers.*": "free_full_weight"}
 
     num_image_tokens: int = 32
     encoder_hidden_size: int = 1408
@@ -114,6 +115,7 @@ class EmuConfig(transformers.PreTrainedConfig):
     """
 
     model_type = "emu"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # its parts have their own
     sub_configs_defaults = {
         "vision_config": transformers.configuration_utils.SubConfigSpec(
             config_class=transformers.Blip2VisionConfig,

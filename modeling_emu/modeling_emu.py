@@ -131,6 +131,9 @@ class EmuModel(EmuPreTrainedModel):
     def __init__(self, config: EmuConfig):
         super().__init__(config)
         self.vision_model = Blip2VisionModel(config.vision_config)
+        # Its own names are those of all BLIP-2 models: FSDP would look for layers that are not here.
+        self.vision_model._no_split_modules = {"Blip2EncoderLayer", "Blip2VisionEmbeddings"}
+        self.vision_model.fsdp_plan = {"encoder.layers.*": "free_full_weight"}
         self.causal_former = EmuCausalFormer(config.causal_former_config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -282,6 +285,7 @@ class EmuForMultimodalGeneration(EmuPreTrainedModel, EmuGenerationMixin):
     # Plain Trainer then averages each micro-batch's loss; a trainer that wants exact steps uses the sums in the output.
     accepts_loss_kwargs = False
     _tp_plan = {"lm_head": "colwise_gather_output", "regression_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight", "regression_head": "keep_full_weight"}
 
     def __init__(self, config: EmuConfig):
         super().__init__(config)

@@ -275,15 +275,17 @@ def _print_training(recipe: str, settings: list[str]) -> None:
     for batch in plan.batches:
         table.add_row(batch.name, *(f"{size:,}" for size in (batch.num_rows, batch.length, batch.num_images)))
     console.print(table)
-    columns = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "total")
-    table = Table("GPUs", *columns, "each", box=None, title="Memory of a process", title_justify="left")
+    columns = ("weights", "gradients", "optimizer", "copies", "activations", "moment", "total")
+    unit, divisor = ("GB", 1e9) if max(memory.total for memory in plan.memory.values()) >= 1e9 else ("MB", 1e6)
+    title = f"Memory of a process, {unit}"
+    table = Table("GPUs", *columns, "each", box=None, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for name, memory in plan.memory.items():
         card = smallest_card_gb(memory.total)
-        table.add_row(
-            name, *(_readable(getattr(memory, column)) for column in columns), f"{card} GB" if card else "none"
-        )
+        sizes = [f"{getattr(memory, column) / divisor:,.1f}" for column in columns]
+        table.add_row(name, *sizes, f"{card} GB" if card else "none")
     console.print(table)
     console.print(
-        "Weights, gradients and optimiser states are exact; copies, activations and logits are estimates for the source "
-        f"that needs most. Each: the smallest common card that keeps {FREE_SHARE:.0%} free. Computed, not measured."
+        "Weights, gradients and optimizer (its states) are exact; the rest is estimated, for the source that needs most: "
+        "copies of weights for computing, activations, and for a moment the heads' outputs or one checkpointed layer. "
+        f"FSDP2 or ZeRO-3. Each: the smallest common card that keeps {FREE_SHARE:.0%} free. Computed, not measured."
     )

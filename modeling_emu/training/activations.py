@@ -61,9 +61,11 @@ def get_batches(arguments: DataArguments, training: EmuTrainingArguments, config
     if arguments.max_length is not None:
         longest = arguments.max_length
     slots = config.num_image_tokens + 2  # with [IMG] and [/IMG]
+    default_rows: int = training.per_device_train_batch_size
     batches = []
     for source in arguments.sources:
-        kind, num_rows = source["kind"], source.get("batch_size", training.per_device_train_batch_size)
+        kind = source["kind"]
+        num_rows = source.get("batch_size", default_rows)
         images = {"image_text": 1, "video_text": NUM_VIDEO_FRAMES, "mmc4": STRETCH_IMAGES, "instruction": 1}.get(
             kind, longest // (slots + CAPTION_TOKENS)
         )
@@ -144,13 +146,27 @@ def get_num_patches(vision_config: Any) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2 + 1
 
 
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass leaves for the backward pass.
+
+    Args:
+        kept: until the backward pass has used them.
+        recomputed: of the largest layer, computed again in the backward pass where layers are checkpointed.
+    """
+
+    kept: int
+    recomputed: int
+
+
 def compute_activations(
     model: nn.Module, arguments: DataArguments, training: EmuTrainingArguments, precision: Precision, batch: Batch
-) -> int:
-    """Estimate the bytes that layers keep for the backward pass.
+) -> Activations:
+    """Estimate what the networks below the heads keep for the backward pass.
 
-    All layers keep what the formulas above say; with checkpointing each keeps its input, rW per position, and one of
-    them at a time the rest. Parts that no gradient passes through keep nothing.
+    All layers keep what the formulas above say; checkpointed, each its input, rW per position. Besides: the pixels in
+    float32, the norm of the image features and that of the language model. Parts that no gradient passes through keep
+    nothing.
     """
     config = cast(EmuConfig, model.config)
     trained = dict.fromkeys(PARTS, False)
@@ -158,42 +174,46 @@ def compute_activations(
         trained[get_part(name)] |= parameter.requires_grad
     lora_dropout = arguments.lora_dropout if isinstance(arguments, InstructArguments) else None
     text, vision, former = config.text_config, config.vision_config, config.causal_former_config
+    is_text_trained = trained["language_model"] and lora_dropout is None
     image_positions = batch.num_images * get_num_patches(vision)
-    # (whether gradients pass, layers, bytes of one, bytes of its input)
+    text_layer = get_decoder_layer_bytes(text, precision, is_text_trained, lora_dropout)
+    # (whether gradients pass, layers, bytes of one, bytes of its input, bytes outside the layers)
     stacks = (
         (
             trained["vision"],
             vision.num_hidden_layers,
             image_positions * get_vision_layer_bytes(vision, precision),
             image_positions * vision.hidden_size * precision.residual,
+            batch.num_images * 12 * vision.image_size**2
+            + image_positions * (4 + precision.computing) * vision.hidden_size,
         ),
         (
             trained["vision"] or trained["causal_former"],
             former.num_hidden_layers,
             batch.num_images * get_causal_former_layer_bytes(config, precision),
             batch.num_images * former.num_image_tokens * former.hidden_size * precision.residual,
+            0,
         ),
         (
             trained["vision"] or trained["causal_former"] or trained["language_model"],
             text.num_hidden_layers,
-            batch.num_positions
-            * get_decoder_layer_bytes(
-                text, precision, trained["language_model"] and lora_dropout is None, lora_dropout
-            ),
+            batch.num_positions * text_layer,
             batch.num_positions * text.hidden_size * precision.residual,
+            batch.num_positions * get_norm_bytes(text.hidden_size, 2, precision, trained["heads"]),
         ),
     )
-    active = [(layers, whole, kept) for passes, layers, whole, kept in stacks if passes]
+    active = [stack[1:] for stack in stacks if stack[0]]
+    outside = sum(rest for *_, rest in active)
     if not training.activation_checkpointing:
-        return sum(layers * whole for layers, whole, _ in active)
-    return sum(layers * kept for layers, _, kept in active) + max((whole for _, whole, _ in active), default=0)
+        return Activations(outside + sum(layers * whole for layers, whole, *_ in active), 0)
+    kept = outside + sum(layers * given for layers, _, given, _ in active)
+    return Activations(kept, max((whole for _, whole, *_ in active), default=0))
 
 
-def compute_logits(config: EmuConfig, precision: Precision, batch: Batch) -> int:
-    """Estimate the bytes of both heads' outputs at the end of a forward pass.
+def compute_logits(config: EmuConfig, batch: Batch) -> int:
+    """Estimate the bytes of both heads' outputs, losses and gradients, where the forward pass ends.
 
-    Scores in the computing dtype; in float32 once more for the loss, their log-probabilities, and the gradient of
-    these; for the regression as many of the language model's width.
+    12 per token of the vocabulary and position: the scores, their copy without the last position and the
+    log-probabilities in float32; then these, their gradient and that of the scores. As many for the regression.
     """
-    per_value = precision.computing + 3 * 4
-    return batch.num_positions * (config.text_config.vocab_size + config.text_config.hidden_size) * per_value
+    return 3 * 4 * batch.num_positions * (config.text_config.vocab_size + config.text_config.hidden_size)

@@ -65,10 +65,10 @@ class Layout:
 
 LAYOUTS = {
     "1": Layout(),
-    "8, DDP": Layout(8),
-    "8, FSDP2 or ZeRO-3": Layout(8, True),
-    "128, DDP": Layout(128),
-    "128, FSDP2 or ZeRO-3": Layout(128, True),
+    "8 DDP": Layout(8),
+    "8 FSDP2": Layout(8, True),
+    "128 DDP": Layout(128),
+    "128 FSDP2": Layout(128, True),
 }
 
 
@@ -81,8 +81,9 @@ class Memory:
         gradients: exact.
         optimizer: exact, without step counters.
         copies: of weights and gradients: those that autocast makes, layers gathered from all processes, DDP's buckets.
-        activations: what the backward pass needs of the layers, for the largest batch.
-        logits: scores of all tokens at each position, their loss and gradients, for the largest batch.
+        activations: what the forward pass keeps for the backward pass, for the largest batch.
+        moment: the most that comes on top for a moment: the heads' outputs with their losses and gradients, or one
+            checkpointed layer.
     """
 
     weights: int
@@ -90,7 +91,7 @@ class Memory:
     optimizer: int
     copies: int
     activations: int
-    logits: int
+    moment: int
 
     @property
     def exact(self) -> int:
@@ -100,7 +101,7 @@ class Memory:
     @property
     def total(self) -> int:
         """With all estimates."""
-        return self.exact + self.copies + self.activations + self.logits
+        return self.exact + self.copies + self.activations + self.moment
 
 
 def find_kind(recipe: dict[str, Any]) -> str:
@@ -249,19 +250,14 @@ def compute_memory(
     """
     config = cast(EmuConfig, model.config)
     weights, gradients, optimizer = compute_states(model, arguments, training, layout)
-    precision = get_precision(model, training, layout.is_sharded)
-    activations, logits = max(
-        (
-            (
-                compute_activations(model, arguments, training, precision, batch),
-                compute_logits(config, precision, batch),
-            )
-            for batch in get_batches(arguments, training, config)
-        ),
-        key=sum,
-    )
     copies = compute_copies(model, training, layout, gradients)
-    return Memory(weights, gradients, optimizer, copies, activations, logits)
+    precision = get_precision(model, training, layout.is_sharded)
+    candidates = []
+    for batch in get_batches(arguments, training, config):
+        activations = compute_activations(model, arguments, training, precision, batch)
+        moment = max(compute_logits(config, batch), activations.recomputed)
+        candidates.append(Memory(weights, gradients, optimizer, copies, activations.kept, moment))
+    return max(candidates, key=lambda memory: memory.total)
 
 
 @dataclass(frozen=True)
@@ -348,12 +344,14 @@ def get_free_bytes(device: torch.device) -> int | None:
 def check_memory(config: EmuConfig, arguments: DataArguments, training: EmuTrainingArguments) -> None:
     """Refuse a run that cannot take its first step, before its model is loaded; say so where it probably cannot.
 
-    States of an optimiser that is not known here count as nothing. What is kept outside the device is not checked.
+    Processes wait for each other, so that none loads while another still looks. States of an optimiser that is not
+    known here count as nothing. What is kept outside the device is not checked.
 
     Raises:
         ValueError: if weights, gradients and optimiser states alone need more than is free.
     """
     free = get_free_bytes(training.device)
+    training.distributed_state.wait_for_everyone()
     if free is None or is_offloaded(training):
         return
     model = build_empty_model(config, arguments, training)
@@ -369,7 +367,7 @@ def check_memory(config: EmuConfig, arguments: DataArguments, training: EmuTrain
         )
     if memory.total > free:
         logger.warning(
-            "free memory of %s: got %s; %s are exact, and with activations and logits about %s may be needed: smaller "
+            "free memory of %s: got %s; %s are exact, and with activations and what the heads give about %s may be needed: smaller "
             "batches, a smaller max_length or activation_checkpointing need less",
             training.device,
             format_bytes(free),

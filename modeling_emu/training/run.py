@@ -1,16 +1,19 @@
 """From a recipe to a trained folder: the model, its data, the trainer, and what is written at the end."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
+from ..configuration_emu import EmuConfig
 from ..data import EmuDataCollator, EmuMixture, EmuSampleEncoder, EmuSource, PackedDocuments
 from ..modeling_emu import EmuForMultimodalGeneration
 from ..processing_emu import EmuProcessor
 from .arguments import EmuTrainingArguments
 from .instruct import add_instruct_tokens, add_lora, save_tuned
+from .memory import check_memory
 from .recipes import DataArguments, InstructArguments, PretrainArguments
 from .samples import EmuSamplesCallback, has_decoder
 from .trainer import EmuTrainer
@@ -86,7 +89,12 @@ def finish(trainer: EmuTrainer) -> None:
 
 
 def pretrain(arguments: PretrainArguments, training_arguments: EmuTrainingArguments) -> Path:
-    """Train all that is not frozen on both losses; gives the Hub folder with the trained model."""
+    """Train all that is not frozen on both losses; gives the Hub folder with the trained model.
+
+    Raises:
+        ValueError: before anything is loaded, if a step cannot fit into memory.
+    """
+    check_memory(EmuConfig.from_pretrained(arguments.model), arguments, training_arguments)
     processor = EmuProcessor.from_pretrained(arguments.model)
     trainer = make_trainer(load_model(arguments), processor, arguments, training_arguments)
     # `true` in a recipe: from the last complete checkpoint
@@ -100,7 +108,12 @@ def pretrain(arguments: PretrainArguments, training_arguments: EmuTrainingArgume
 
 
 def instruct(arguments: InstructArguments, training_arguments: EmuTrainingArguments) -> Path:
-    """Train LoRA on answers; gives the folder with the adapter, or with the model that it is merged into."""
+    """Train LoRA on answers; gives the folder with the adapter, or with the model that it is merged into.
+
+    Raises:
+        ValueError: before anything is loaded, if a step cannot fit into memory.
+    """
+    check_memory(EmuConfig.from_pretrained(arguments.model), arguments, training_arguments)
     processor = EmuProcessor.from_pretrained(arguments.model)
     kwargs: dict[str, Any] = {}
     if arguments.quantization:
@@ -115,6 +128,8 @@ def instruct(arguments: InstructArguments, training_arguments: EmuTrainingArgume
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     folder = Path(str(training_arguments.output_dir)) / FINAL_FOLDER
     if training_arguments.should_save:
+        if folder.exists():
+            shutil.rmtree(folder)  # of the run before this one in the same folder, as Trainer overwrites its own
         save_tuned(tuned, processor, folder, merge=arguments.merge_adapter)
     finish(trainer)
     return folder
