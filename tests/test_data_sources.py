@@ -4,6 +4,7 @@ import base64
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 import random
@@ -346,8 +347,8 @@ def test_video_chats_json(tmp_path):
     assert (describe(second), second.answers) == ([frames, "what?", "a game"], (2,))
 
 
-def test_samples_per_second_of_every_kind(tmp_path, capsys):
-    """Printed, not judged: how fast one core reads and encodes each kind."""
+def write_every_kind(folder: Path, num_rows: int) -> dict[str, Path]:
+    """A shard of each kind with so many rows, images of 256 pixels and videos of 60 frames."""
     photo = make_png(90, (256, 256))
     page = {"text_list": [f"sentence {i}." for i in range(20)], "image_info": []}
     page["image_info"] = [
@@ -355,23 +356,27 @@ def test_samples_per_second_of_every_kind(tmp_path, capsys):
         for i in range(5)
     ]
     video, frames = make_video(60), {f"{i}.{e}": c for i in range(16) for e, c in (("png", photo), ("txt", b"words"))}
+    pairs = {f"{i}.{e}": c for i in range(num_rows) for e, c in (("png", photo), ("txt", f"dog {i}"))}
+    clips = {f"{i}.{e}": c for i in range(num_rows) for e, c in (("mp4", video), ("txt", f"dog {i}"))}
+    boards = {f"{i}.{name}": content for i in range(num_rows) for name, content in frames.items()}
+    chats = [{"instruction": f"a dog {i}", "output": "yes"} for i in range(num_rows)]
+    table = {"texts": [[None, f"dog {i}"] * 3 for i in range(num_rows)], "images": [[photo, None] * 3] * num_rows}
+    pq.write_table(pa.table(table), folder / "d.parquet")
     files = {
-        "image_text": write_tar(
-            tmp_path / "a.tar", {f"{i}.{e}": c for i in range(60) for e, c in (("png", photo), ("txt", b"a dog"))}
-        ),
-        "video_text": write_tar(
-            tmp_path / "b.tar", {f"{i}.{e}": c for i in range(6) for e, c in (("mp4", video), ("txt", b"a dog"))}
-        ),
-        "mmc4": write_json_lines(tmp_path / "c.jsonl", [page] * 12),
-        "obelics": tmp_path / "d.parquet",
-        "storyboard": write_tar(
-            tmp_path / "e.tar", {f"{v}.{name}": c for v in range(4) for name, c in frames.items()}
-        ),
-        "instruction": write_json_lines(tmp_path / "f.jsonl", [{"instruction": "a dog", "output": "yes"}] * 200),
+        "image_text": write_tar(folder / "a.tar", pairs),
+        "video_text": write_tar(folder / "b.tar", clips),
+        "mmc4": write_json_lines(folder / "c.jsonl", [page] * num_rows),
+        "obelics": folder / "d.parquet",
+        "storyboard": write_tar(folder / "e.tar", boards),
+        "instruction": write_json_lines(folder / "f.jsonl", chats),
     }
-    table = {"texts": [[None, "a dog"] * 3] * 15, "images": [[photo, None] * 3] * 15}
-    pq.write_table(pa.table(table), files["obelics"])
     assert files.keys() == KINDS.keys()
+    return files
+
+
+def test_samples_per_second_of_every_kind(tmp_path, capsys):
+    """Printed, not judged: how fast one core reads and encodes each kind."""
+    files = write_every_kind(tmp_path, 10)
     encoder = EmuSampleEncoder(make_processor("instruct"), max_length=256)
     rates = {}
     for kind, path in files.items():
@@ -595,3 +600,23 @@ def test_a_mixture_of_every_kind_resumes_exactly_at_every_sample(tmp_path):
         assert [describe_encoded(next(iterator)) for _ in range(min(6, 59 - at))] == whole[at + 1 : at + 7]
         if at < 53:
             assert resumed.state_dict() == states[at + 6]
+
+
+def test_every_kind_counts_its_rows_and_resumes_exactly_after_each(tmp_path):
+    """Order and keys, and all that its reader draws: sides, frames and stretches."""
+    encoder = EmuSampleEncoder(make_processor("instruct"), max_length=256)
+    for kind, path in write_every_kind(tmp_path, 3).items():
+        stream = SourceStream(EmuSource(kind, str(path)), 5, encoder=encoder)
+        samples, states = [], [stream.state_dict()]
+        for sample in itertools.islice(iter(stream), 8):
+            samples.append((sample.key, sample.input_ids.tolist()))
+            states.append(stream.state_dict())
+        pieces = [list(group) for _, group in itertools.groupby(samples, key=lambda sample: sample[0].split("#")[0])]
+        assert [group[0][0].split("#")[0] for group in pieces[:3]] == [f"{path}:{row}" for row in range(3)]
+        assert states[-1]["num_broken"] == 0
+        for at in range(1, 5):
+            resumed = SourceStream(EmuSource(kind, str(path)), 5, encoder=encoder)
+            resumed.load_state_dict(states[at])
+            again = [(sample.key, sample.input_ids.tolist()) for sample in itertools.islice(iter(resumed), 3)]
+            assert again == samples[at : at + 3], kind
+            assert resumed.state_dict() == states[at + 3]

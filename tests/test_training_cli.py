@@ -1,12 +1,13 @@
 """`emu train` as a user calls it: in one process, under torchrun, and with a recipe that is wrong."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
-from test_training_recipes import make_settings, write_pairs
+from test_training_recipes import make_settings, write_instructions, write_pairs
 from test_training_samples import read_events, read_pictures, read_texts
 from typer.testing import CliRunner
 
@@ -35,6 +36,21 @@ def test_pretrain_from_the_command_line_resumes(tmp_path):
     assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
 
 
+def run_two_processes(launcher: list[str], *arguments: str) -> str:
+    """Start `emu train` by a launcher; gives what it printed."""
+    code = "from modeling_emu.cli import main; main()"
+    process = subprocess.run(
+        [sys.executable, "-m", *launcher, sys.executable, "-c", code, "train", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
+
+
 def test_two_processes_by_torchrun(tmp_path):
     files = write_pairs(tmp_path / "pairs")
     settings = make_settings(tmp_path, files, "image_text", "packing=false", "eval_strategy=steps", "eval_steps=3")
@@ -43,34 +59,30 @@ def test_two_processes_by_torchrun(tmp_path):
     held_out.write_text("\n".join([*rows, rows[0]]))
     settings += [f"eval_sources=[{{kind: image_text, files: '{held_out}'}}]", "per_device_eval_batch_size=1"]
     settings += ["sample_prompts=[a red square]"]
-    code = "from modeling_emu.cli import main; main()"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable]
-    process = subprocess.run(
-        [
-            sys.executable,
-            *command,
-            "-c",
-            code,
-            "train",
-            "pretrain",
-            "--recipe",
-            "pretrain-cpu",
-            *make_options(settings),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    output = run_two_processes(launcher, "pretrain", "--recipe", "pretrain-cpu", *make_options(settings))
     # two ranks of two documents each, with 5 regression targets per image
-    assert "'num_regression_targets': 20" in process.stdout
-    assert "'eval_num_regression_targets': 15" in process.stdout  # each of three documents once, on one of the ranks
-    assert process.stdout.splitlines().count(str(tmp_path / "out" / "final")) == 1
+    assert "'num_regression_targets': 20" in output
+    assert "'eval_num_regression_targets': 15" in output  # each of three documents once, on one of the ranks
+    assert output.splitlines().count(str(tmp_path / "out" / "final")) == 1
     events = read_events(tmp_path)  # one file: one of the ranks reports
     assert [step for step, _ in read_texts(events, 0)] == [3]
     assert len(read_pictures(events, 0)) == 1
+
+
+def test_two_processes_by_accelerate(tmp_path):
+    settings = make_settings(tmp_path, write_instructions(tmp_path / "data"), "instruction", "packing=false")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # accelerate's own launcher for several CPU processes is MPI; this one starts them as on GPUs, use_cpu stays
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--no_python"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    output = run_two_processes(launcher, "instruct", "--recipe", "instruct-cpu", *make_options(settings))
+    folder = tmp_path / "out" / "final"
+    assert output.splitlines().count(str(folder)) == 1
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
 
 
 def test_a_wrong_recipe_is_one_line():
