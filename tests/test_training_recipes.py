@@ -133,7 +133,7 @@ def test_a_wrong_recipe_is_refused(tmp_path, text, message):
 def test_a_missing_key_file_or_value_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none of the keys \['model', 'output_dir'\]"):
         parse_recipe(make_recipe(tmp_path, "sources: [{kind: a, files: b}]"), [], PretrainArguments)
-    with pytest.raises(ValueError, match="got 'nothing', expected a file, or one of .*emu-i, emu-pretrain"):
+    with pytest.raises(ValueError, match=r"got 'nothing', expected a file, or one of .*emu-i, emu-pretrain"):
         find_recipe("nothing")
     with pytest.raises(ValueError, match="--set: got 'bf16', expected key=value"):
         read_recipe("emu-i", ["bf16"])
@@ -181,12 +181,13 @@ def test_a_stream_needs_a_number_of_steps(tmp_path):
 
 def test_instruction_tuning_from_files_to_an_adapter_or_a_model(tmp_path):
     files = write_instructions(tmp_path / "data")
-    folders = {}
-    for merge in ("false", "true"):
-        settings = make_settings(tmp_path / merge, files, "instruction", f"merge_adapter={merge}")
-        folders[merge] = instruct(*parse_recipe("instruct-cpu", settings, InstructArguments))
-    assert (folders["false"] / "adapter_config.json").is_file()
-    merged = AutoModel.from_pretrained(folders["true"], trust_remote_code=True)
+    folders = []
+    for merge in ("false", "true"):  # the second run overwrites what the first one wrote
+        settings = make_settings(tmp_path, files, "instruction", f"merge_adapter={merge}")
+        folders.append(instruct(*parse_recipe("instruct-cpu", settings, InstructArguments)))
+        assert (folders[-1] / "adapter_config.json").is_file() == (merge == "false")
+    assert folders[0] == folders[1]
+    merged = AutoModel.from_pretrained(folders[1], trust_remote_code=True)
     assert merged.config.variant == "instruct"
-    processor = EmuProcessor.from_pretrained(folders["true"])
+    processor = EmuProcessor.from_pretrained(folders[1])
     assert processor.tokenizer.convert_tokens_to_ids(["[USER]", "[ASSISTANT]"]) == [1004, 1005]

@@ -1,6 +1,7 @@
 """Samples to the trackers: they are what the model gives, they change nothing of the run, and two processes report once."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -17,9 +18,9 @@ from test_training_recipes import make_settings, write_instructions, write_pairs
 
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
 from modeling_emu.cli.loading import EMU_TINY
-from modeling_emu.training.recipes import InstructArguments, PretrainArguments, parse_recipe
+from modeling_emu.training.recipes import PACKAGED_RECIPES, InstructArguments, PretrainArguments, parse_recipe
 from modeling_emu.training.run import instruct, pretrain
-from modeling_emu.training.samples import has_decoder, load_decoder
+from modeling_emu.training.samples import describe_prompt, has_decoder, load_decoder, read_prompt
 
 
 TESTS = Path(__file__).parent
@@ -138,6 +139,20 @@ def test_shards_on_two_processes_give_the_samples_of_one_process(tmp_path):
     for number in (0, 1):
         [whole], [sharded] = (read_pictures(events[name], number) for name in ("whole", "sharded"))
         assert np.abs(whole.astype(int) - sharded).max() <= 1  # float32, other orders of summation
+
+
+@pytest.mark.parametrize("name", ["pretrain-cpu", "instruct-cpu"])
+def test_the_example_in_a_recipe_is_one(tmp_path, name):
+    text = (PACKAGED_RECIPES / f"{name}.yaml").read_text()
+    _, example = text.split("every 50 steps:\n")
+    lines = itertools.takewhile(lambda line: line.startswith("#   "), example.splitlines())
+    (tmp_path / "recipe.yaml").write_text(text + "\n".join(line.removeprefix("#   ") for line in lines))
+    arguments_class = PretrainArguments if name.startswith("pretrain") else InstructArguments
+    arguments, training = parse_recipe(str(tmp_path / "recipe.yaml"), [], arguments_class)
+    assert (training.eval_strategy, training.eval_steps) == ("steps", 50)
+    assert arguments.eval_sources
+    documents = [read_prompt(prompt) for prompt in arguments.sample_prompts]
+    assert describe_prompt(documents[-1]) == "[image my/photo.png] What is this?"
 
 
 def test_wrong_prompts_are_refused_before_training(tmp_path):
