@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import modeling_emu
 from modeling_emu import EmuConfig, EmuForMultimodalGeneration
 from modeling_emu.cli import app
-from modeling_emu.cli.info import PUBLISHED
+from modeling_emu.cli.info import PUBLISHED, smallest_card_gb
 from modeling_emu.training.activations import Batch, compute_activations, compute_logits, get_precision
 from modeling_emu.training.instruct import add_lora
 from modeling_emu.training.memory import (
@@ -34,7 +34,13 @@ from modeling_emu.training.memory import (
     plan_training,
 )
 from modeling_emu.training.parts import freeze_parts
-from modeling_emu.training.recipes import DataArguments, InstructArguments, PretrainArguments, parse_recipe
+from modeling_emu.training.recipes import (
+    PACKAGED_RECIPES,
+    DataArguments,
+    InstructArguments,
+    PretrainArguments,
+    parse_recipe,
+)
 from modeling_emu.training.run import instruct, pretrain
 from modeling_emu.training.trainer import EmuTrainer
 
@@ -309,6 +315,12 @@ def test_more_rows_need_more_and_checkpointing_less(tmp_path):
     assert get_memory("activation_checkpointing=true").activations < few.activations / 2
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGED_RECIPES.glob("decoder*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_of_the_visual_decoder_is_refused_by_name(tmp_path, path):
+    with pytest.raises(ValueError, match=f"got '{path.stem}', which trains the visual decoder"):
+        make_plan(tmp_path, path.stem)
+
+
 def test_an_unknown_optimizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="optim: got 'adafactor', expected one whose memory is known: adamw_torch"):
         make_plan(tmp_path, "emu-pretrain", "optim=adafactor")
@@ -441,3 +453,16 @@ def test_deepspeed_takes_its_file():
     parsed = runtime.DeepSpeedConfig(fill_deepspeed_file().config)
     assert parsed.zero_optimization_stage == 3
     assert parsed.bfloat16_config.enabled
+
+
+@pytest.mark.parametrize("recipe", ["emu-pretrain", "emu-i", "instruct-24gb"])
+def test_the_table_of_readme_is_what_is_computed(recipe):
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| {recipe} |"))
+    memory = plan_training(recipe, ["model=published"], lambda _: EmuConfig()).memory
+    expected = []
+    for name in ("1", "8 DDP", "8 FSDP2", "128 FSDP2"):
+        card = smallest_card_gb(memory[name].total) if name in memory else None
+        cell = f"{memory[name].total / 1e9:.1f}, {f'{card} GB' if card else 'none'}" if name in memory else ""
+        expected.append(cell)
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == expected

@@ -22,6 +22,7 @@ from ..configuration_emu import EmuConfig
 from ..modeling_emu import EmuForMultimodalGeneration
 from .activations import Batch, compute_activations, compute_logits, get_batches, get_precision
 from .arguments import EmuTrainingArguments
+from .decoder_arguments import DecoderArguments, DecoderTrainingArguments
 from .instruct import INSTRUCT_TOKENS, add_lora
 from .parts import freeze_parts
 from .recipes import DataArguments, InstructArguments, PretrainArguments, parse_recipe, read_recipe
@@ -41,6 +42,7 @@ OPTIMIZERS_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
 KINDS_OF_TRAINING: dict[str, tuple[Any, ...]] = {
     "pretrain": (PretrainArguments, EmuTrainingArguments),
     "instruct": (InstructArguments, EmuTrainingArguments),
+    "decoder": (DecoderArguments, DecoderTrainingArguments),
 }
 
 
@@ -105,9 +107,9 @@ class Memory:
 
 
 def find_kind(recipe: dict[str, Any]) -> str:
-    """Give the kind of training that a recipe is for: "pretrain" or "instruct".
+    """Give the kind of training that a recipe is for: "pretrain", "instruct" or "decoder".
 
-    Its keys say it; where they fit both, conversations alone are for "instruct".
+    Its keys say it; where they fit both of the first, conversations alone are for "instruct".
     """
     names: dict[str, set[str]] = {}
     for kind, classes in KINDS_OF_TRAINING.items():
@@ -292,9 +294,7 @@ def plan_training(recipe: str, settings: Sequence[str], read_config: Callable[[s
     """
     kind = find_kind(read_recipe(recipe, settings))
     if kind == "decoder":
-        raise ValueError(
-            f"recipe: got {recipe!r}, which trains the visual decoder, expected one that trains Emu itself"
-        )
+        raise ValueError(f"recipe: got {recipe!r}, which trains the visual decoder, expected one of Emu itself")
     arguments_class = InstructArguments if kind == "instruct" else PretrainArguments
     arguments, training = parse_recipe(recipe, [*settings, "use_cpu=true"], arguments_class)
     check_optimizer(training)
