@@ -1,9 +1,11 @@
 """`emu train` as a user calls it: in one process, under torchrun, and with a recipe that is wrong."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -34,6 +36,38 @@ def test_pretrain_from_the_command_line_resumes(tmp_path):
     assert result.exit_code == 0, result.output
     resumed = load_file(tmp_path / "out" / "final" / "model.safetensors")
     assert all(resumed[name].equal(tensor) for name, tensor in whole.items())
+
+
+def test_a_packed_mixture_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
+    """`emu train` itself, with dropout; what the kill falls into, a step or a checkpoint, is left to chance."""
+    files = write_pairs(tmp_path / "pairs")
+    sources = ", ".join(
+        f"{{kind: image_text, name: {name}, files: '{files}', weight: {w}}}" for name, w in (("a", 1), ("b", 2))
+    )
+    weights = {}
+    for name in ("whole", "killed"):
+        settings = make_settings(tmp_path / name, files, "image_text", "max_steps=8", f"sources=[{sources}]")
+        options = ["train", "pretrain", "--recipe", "pretrain-cpu"]
+        options += make_options([*settings, "save_strategy=steps", "save_steps=1", "save_total_limit=8"])
+        folder = tmp_path / name / "out"
+        if name == "killed":
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from modeling_emu.cli import main; main()", *options],
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            while not (folder / "checkpoint-3" / "checkpoint_complete").exists():
+                assert process.poll() is None, "the run ended before it was killed"
+                time.sleep(0.01)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+            assert not (folder / "final").exists()
+            options += make_options(["resume_from_checkpoint=true"])
+        result = CliRunner().invoke(app, options)
+        assert result.exit_code == 0, result.output
+        weights[name] = load_file(folder / "final" / "model.safetensors")
+    assert all(weights["killed"][name].equal(tensor) for name, tensor in weights["whole"].items())
 
 
 def run_two_processes(launcher: list[str], *arguments: str) -> str:
