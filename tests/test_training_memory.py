@@ -321,6 +321,18 @@ def test_a_recipe_of_the_visual_decoder_is_refused_by_name(tmp_path, path):
         make_plan(tmp_path, path.stem)
 
 
+def test_the_dtype_of_a_model_is_its_own_or_the_recipe_s(tmp_path):
+    config = make_config()
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path)
+    config = EmuConfig.from_pretrained(tmp_path)
+    for dtype, expected in {"auto": torch.bfloat16, "float32": torch.float32}.items():
+        model = build_empty_model(config, make_data_arguments(dtype=dtype), make_arguments(str(tmp_path)))
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    with pytest.raises(ValueError, match="dtype: got 'int8', expected auto or one of float32"):
+        build_empty_model(config, make_data_arguments(dtype="int8"), make_arguments(str(tmp_path)))
+
+
 def test_an_unknown_optimizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="optim: got 'adafactor', expected one whose memory is known: adamw_torch"):
         make_plan(tmp_path, "emu-pretrain", "optim=adafactor")

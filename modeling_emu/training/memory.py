@@ -127,12 +127,16 @@ def build_empty_model(config: EmuConfig, arguments: DataArguments, training: Emu
 
     Args:
         config: of the model that the recipe starts from; left as it is.
+
+    Raises:
+        ValueError: for an unknown dtype.
     """
     config = EmuConfig.from_dict(config.to_dict())
     if isinstance(arguments, InstructArguments) and config.variant != "instruct":
         config.text_config.vocab_size += len(INSTRUCT_TOKENS)
-    name = arguments.dtype
-    dtype = config.dtype or torch.float32 if name == "auto" else DTYPES[name]
+    dtype = config.dtype or torch.float32 if arguments.dtype == "auto" else DTYPES.get(arguments.dtype)
+    if dtype is None:
+        raise ValueError(f"dtype: got {arguments.dtype!r}, expected auto or one of {', '.join(DTYPES)}")
     with torch.device("meta"):
         model = EmuForMultimodalGeneration(config).to(dtype)
         freeze_parts(model, training.freeze)
