@@ -33,12 +33,24 @@ DRAWS_PER_BLOCK = 1 << 16
 ORDER, CHOICE = 0, 1  # what numbers are drawn for, beside the seed
 
 
-def hash_files(files: list[Path]) -> str:
-    """SHA-256 over the names and contents of files, in the order of their names."""
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the tensors of a network, however its files divide them and whoever wrote them.
+
+    Raises:
+        ValueError: if there are no safetensors in the folder.
+    """
+    files: dict[str, Path] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
+    if not files:
+        raise ValueError(f"weights: got no *.safetensors in {folder}, expected at least one")
     digest = hashlib.sha256()
-    for file in sorted(files):
-        with file.open("rb") as opened:
-            digest.update(f"{file.name}:{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    for name in sorted(files):
+        with safe_open(files[name], framework="pt") as opened:
+            tensor = opened.get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

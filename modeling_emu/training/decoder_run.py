@@ -1,5 +1,6 @@
 """From a recipe to a trained visual decoder: the frozen models, the data, the trainer, and what is written at the end."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,7 +30,7 @@ from .decoder_cache import (
     PrecomputedDecoderData,
     ShardWriter,
     check_fingerprint,
-    hash_files,
+    hash_weights,
     is_complete_cache,
     write_index,
     write_null_embeds,
@@ -122,11 +123,11 @@ class DecoderRun:
 
     def make_fingerprint(self) -> dict[str, Any]:
         """What shards depend on; the order of their samples and the sources' weights do not count."""
-        encoder_files = [file for pattern in ENCODER_FILES for file in self.model.glob(pattern)]
-        vae_files = list((self.decoder / "vae").glob("*")) if (self.decoder / "vae").is_dir() else []
+        vae = self.decoder / "vae"
         return {
-            "emu": hash_files(encoder_files),
-            "vae": hash_files(vae_files) if vae_files else None,
+            "emu": hash_weights(self.model),
+            "tokenizer": hashlib.sha256((self.model / "tokenizer.json").read_bytes()).hexdigest(),
+            "vae": hash_weights(vae) if vae.is_dir() else None,
             "condition": self.arguments.condition,
             "sample_size": self.unet.config.sample_size,
             "dtype": self.arguments.dtype,
