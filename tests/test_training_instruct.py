@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from PIL import Image
 from training_run import TinyCollator, make_arguments
 from transformers import AutoModel
 
 from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
 from modeling_emu.cli.loading import EMU_TINY
-from modeling_emu.data import EmuDataCollator, Sample
 from modeling_emu.training.instruct import add_instruct_tokens, add_lora, save_tuned
 from modeling_emu.training.trainer import EmuTrainer
 
@@ -116,38 +114,3 @@ def test_adapter_and_merged_model_come_back_from_their_folders(model_and_process
     torch.testing.assert_close(  # W x + B A x against (W + B A) x
         merged(**encode_conversation(merged_processor)).logits, expected, atol=1e-4, rtol=1e-4
     )
-
-
-def test_tuned_model_answers_eight_questions(model_and_processor, tmp_path):
-    """Through the adapter alone: the loss of the answers goes to nothing, and `generate` gives them."""
-    model, processor = model_and_processor
-    add_instruct_tokens(model, processor)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(100)  # sure words need large logits, and the frozen head of this model is untrained
-    tuned = add_lora(model, lora_alpha=64, lora_dropout=0.0)
-    colours = ("red", "green", "blue", "grey", "black", "white", "brown", "pink")
-    samples = []
-    for number, colour in enumerate(colours):
-        image = {"type": "image", "image": Image.new("RGB", (8, 8), (32 * number, 255 - 32 * number, 100))}
-        question = {"type": "text", "text": f"Question {number}?"}
-        parts = [image, question] if number % 2 else [question]
-        samples.append(Sample([*parts, {"type": "text", "text": f"It is {colour}."}], str(number), (len(parts),)))
-    arguments = make_arguments(
-        str(tmp_path), 8, max_steps=120, optim="adamw_torch", learning_rate=0.005, lr_scheduler_type="linear"
-    )
-    collator = EmuDataCollator(processor)
-    trainer = EmuTrainer(model=tuned, args=arguments, train_dataset=samples, data_collator=collator)
-    trainer.train()
-    metrics = trainer.evaluate(samples)
-    assert metrics["eval_text_loss"] < 0.05
-    for sample, colour in zip(samples, colours, strict=True):
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": sample.document[:-1]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        ids = tuned.generate(**inputs, max_new_tokens=20, do_sample=False)
-        [answer] = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert answer.strip() == f"It is {colour}."
