@@ -7,6 +7,7 @@ import typer
 
 from .demo import demo
 from .generate import generate
+from .hub import hub
 from .info import info
 from .train import train
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 for command in (generate, info, demo):
     app.command()(command)
 app.add_typer(train)
+app.add_typer(hub)
 
 
 def main() -> None:
