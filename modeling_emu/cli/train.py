@@ -52,6 +52,19 @@ def decoder(recipe: Recipe, settings: Settings = None) -> None:
     _say_where(train_decoder(*parse_as(recipe, settings or [], DecoderArguments, DecoderTrainingArguments)))
 
 
+@train.command()
+@reports_errors
+def tiny(
+    output: Annotated[Path, typer.Option("--output", help="Folder to work in; a run that was stopped goes on there.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, weights and training.")] = 0,
+    scale: Annotated[float, typer.Option("--scale", help="Share of the steps and documents, to try it.")] = 1.0,
+) -> None:
+    """Train the small model that comes along: data, vision tower, pretraining, tuning, visual decoder."""
+    from ..training.tiny import train_tiny
+
+    _say_where(train_tiny(output, seed, scale))
+
+
 def _say_where(folder: Path) -> None:
     if os.environ.get("RANK", "0") == "0":
         typer.echo(folder)

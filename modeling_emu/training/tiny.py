@@ -1,0 +1,241 @@
+"""The small Emu that comes along, from nothing: its data, its network, and every stage of its training.
+
+Each stage is a packaged recipe (`tiny-*.yaml`), run as `emu train` runs it. A stage that is done is not run again, and
+one that was stopped goes on from its last complete checkpoint.
+"""
+
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from transformers import Blip2VisionConfig, CLIPImageProcessorPil, LlamaConfig
+
+from ..configuration_emu import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    EmuCausalFormerConfig,
+    EmuConfig,
+)
+from ..hub.outputs import whole_folder
+from ..hub.repository import list_code_files
+from ..hub.tokenizer import train_tokenizer
+from ..modeling_emu import EmuForMultimodalGeneration
+from ..pipeline_emu import EmuPipeline
+from ..processing_emu import EmuProcessor
+from ..shapes.documents import TASK_KINDS, draw_task
+from ..shapes.render import CANVAS_SIZE
+from ..shapes.shards import write_shards
+from .arguments import EmuTrainingArguments
+from .checkpoints import get_last_complete_checkpoint
+from .decoder_arguments import DecoderArguments, DecoderTrainingArguments
+from .decoder_run import train_decoder
+from .recipes import InstructArguments, PretrainArguments, parse_as, read_recipe
+from .run import FINAL_FOLDER, instruct, pretrain
+
+
+logger = logging.getLogger(__name__)
+
+NUM_IMAGE_TOKENS = 4
+MAX_LENGTH = 512
+VOCAB_SIZE = 512
+NUM_TEXTS = 4000  # from which the tokenizer learns its pieces
+# Documents of each kind that are written; the recipes say how often each is drawn.
+NUM_DOCUMENTS = {
+    "caption": 40_000,
+    "caption_page": 20_000,
+    "clip_caption": 8_000,
+    "story": 12_000,
+    "pattern_text": 12_000,
+    "pattern_image": 12_000,
+    "blend": 12_000,
+    "question_page": 24_000,
+    "dialogue_page": 8_000,
+    "clip_question_page": 4_000,
+    "question": 24_000,
+    "clip_question": 6_000,
+    "dialogue": 12_000,
+}
+# Recipe, what runs it, and what it is read into.
+STAGES: tuple[tuple[str, Callable[..., Path], tuple[type, type]], ...] = (
+    ("tiny-vision", pretrain, (PretrainArguments, EmuTrainingArguments)),
+    ("tiny-pretrain", pretrain, (PretrainArguments, EmuTrainingArguments)),
+    ("tiny-instruct", instruct, (InstructArguments, EmuTrainingArguments)),
+    ("tiny-decoder-autoencoding", train_decoder, (DecoderArguments, DecoderTrainingArguments)),
+    ("tiny-decoder", train_decoder, (DecoderArguments, DecoderTrainingArguments)),
+)
+VARIANT = "tiny"
+DONE_MARK = "stage_complete"
+
+
+def make_config(vocab_size: int, token_ids: dict[str, int], pad_token_id: int) -> EmuConfig:
+    """The sizes of the small Emu: a vision tower of 3 layers, 2 of the causal former, 4 of the language model."""
+    vision = Blip2VisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=CANVAS_SIZE,
+        patch_size=4,
+        initializer_range=0.06,  # of the order of 1 / sqrt(width): 0.02 learns at half the speed here
+    )
+    causal_former = EmuCausalFormerConfig(
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        encoder_hidden_size=vision.hidden_size,
+        projection_size=192,
+        hidden_size=128,
+        head_dim=32,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        dropout=0.0,
+        initializer_range=0.06,
+    )
+    text = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=causal_former.projection_size,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.05,
+        pad_token_id=pad_token_id,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return EmuConfig(
+        vision_config=vision.to_dict(),
+        causal_former_config=causal_former.to_dict(),
+        text_config=text.to_dict(),
+        variant="untrained",
+        image_token_id=token_ids[IMAGE_TOKEN],
+        image_start_token_id=token_ids[IMAGE_START_TOKEN],
+        image_end_token_id=token_ids[IMAGE_END_TOKEN],
+        supervise_image_start=True,
+    )
+
+
+def make_untrained(folder: Path, seed: int) -> None:
+    """Write the network with random weights, and the processor, whose tokenizer knows the words of the world."""
+    rng = random.Random(f"tokenizer:{seed}")
+    tasks = [draw_task(rng.choice(TASK_KINDS), rng, "train") for _ in range(NUM_TEXTS)]
+    texts = [part["text"] for task in tasks for part in task.document if part["type"] == "text"]
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE, MAX_LENGTH)
+    image_processor = CLIPImageProcessorPil(size={"height": CANVAS_SIZE, "width": CANVAS_SIZE}, do_center_crop=False)
+    torch.manual_seed(seed)
+    token_ids = {
+        token: tokenizer.convert_tokens_to_ids(token) for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+    }
+    model = EmuForMultimodalGeneration(make_config(len(tokenizer), token_ids, tokenizer.pad_token_id))
+    processor = EmuProcessor(image_processor, tokenizer, num_image_tokens=NUM_IMAGE_TOKENS, variant="untrained")
+    unet = UNet2DConditionModel(
+        sample_size=CANVAS_SIZE,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=16,
+        attention_head_dim=4,  # the number of heads, by a name that diffusers keeps for old checkpoints
+        cross_attention_dim=model.config.text_config.hidden_size,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=True,
+    )
+    save_whole(EmuPipeline(model, processor, unet, None, scheduler), folder)
+
+
+def save_whole(pipeline: EmuPipeline, folder: Path) -> None:
+    """Write a repository without code: the package that reads it has the code."""
+    with whole_folder(folder) as output:
+        pipeline.save_pretrained(output)
+        for file in list_code_files():
+            (output / file.name).unlink()
+
+
+def run_stage(recipe: str, run: Callable[..., Path], classes: tuple[type, type], seed: int, scale: float) -> None:
+    """Run a packaged recipe, unless that is done; a run that was stopped goes on from its last complete checkpoint.
+
+    Args:
+        recipe: its name; its `output_dir` is in the folder that is worked in.
+        run: what trains it: `pretrain`, `instruct` or `train_decoder`.
+        classes: what it is read into.
+        seed: replaces the recipe's.
+        scale: of the recipe's steps, how many are run.
+    """
+    values = read_recipe(recipe)
+    output_dir = Path(values["output_dir"])
+    mark = output_dir / DONE_MARK
+    if mark.exists():
+        return
+    settings = [f"seed={seed}", f"max_steps={math.ceil(values['max_steps'] * scale)}"]
+    if get_last_complete_checkpoint(output_dir) is not None:
+        settings.append("resume_from_checkpoint=true")
+    if (output_dir / FINAL_FOLDER).exists():  # of a run that was stopped while it was written
+        shutil.rmtree(output_dir / FINAL_FOLDER)
+    logger.info("stage %s", recipe)
+    run(*parse_as(recipe, settings, *classes))
+    mark.touch()
+
+
+def put_together(model_folder: Path, decoder_folder: Path, folder: Path) -> None:
+    """Write the repository of a tuned model and a trained visual decoder."""
+    model = EmuForMultimodalGeneration.from_pretrained(model_folder)
+    processor = EmuProcessor.from_pretrained(model_folder)
+    model.config.variant = processor.variant = VARIANT
+    model.config.regression_loss_weight = 1.0  # the tuning's recipe turned it off
+    unet = UNet2DConditionModel.from_pretrained(decoder_folder / "unet")
+    scheduler = DDIMScheduler.from_pretrained(decoder_folder / "scheduler")
+    save_whole(EmuPipeline(model, processor, unet, None, scheduler), folder)
+
+
+def check_run(settings: dict[str, float]) -> None:
+    """Refuse to go on with another run's stages; the first time, say here what this run is."""
+    file = Path("run.json")
+    if not file.exists():
+        file.write_text(json.dumps(settings))
+    elif (found := json.loads(file.read_text())) != settings:
+        raise ValueError(f"run: got {settings}, expected {found}, with which the stages in this folder were begun")
+
+
+def train_tiny(output: Path, seed: int = 0, scale: float = 1.0) -> Path:
+    """Train the small Emu through every stage, each from where the last time stopped.
+
+    Args:
+        output: the folder to work in; it keeps data, checkpoints and logs of all stages.
+        seed: of data, weights and training.
+        scale: of the recipes' steps and of the documents, how many are taken.
+
+    Returns:
+        The folder of the repository, without code: the tuned model at the root, the visual decoder in its folders.
+
+    Raises:
+        ValueError: if `scale` is not above 0, or `output` holds a run of another seed or scale.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale: got {scale}, expected more than 0 and at most 1")
+    output.mkdir(parents=True, exist_ok=True)
+    with chdir(output):
+        check_run({"seed": seed, "scale": scale})
+        if not Path("data").exists():
+            counts = {kind: math.ceil(count * scale) for kind, count in NUM_DOCUMENTS.items()}
+            logger.info("writing %d documents", sum(counts.values()))
+            write_shards("data", counts, seed)
+        if not Path("untrained").exists():
+            make_untrained(Path("untrained"), seed)
+        for recipe, run, classes in STAGES:
+            run_stage(recipe, run, classes, seed, scale)
+        if not Path("emu_tiny").exists():
+            put_together(Path("instruct", FINAL_FOLDER), Path("decoder", FINAL_FOLDER), Path("emu_tiny"))
+    return output / "emu_tiny"

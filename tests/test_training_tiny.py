@@ -1,0 +1,63 @@
+"""The recipes of the small model, end to end: a thousandth of the steps."""
+
+import json
+
+import pytest
+
+from modeling_emu.cli.loading import load_pipeline
+from modeling_emu.hub.repository import list_code_files
+from modeling_emu.pipeline_emu import EmuPipeline
+from modeling_emu.training import tiny
+from modeling_emu.training.tiny import train_tiny
+
+
+SCALE = 0.001
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output = tmp_path_factory.mktemp("tiny")
+    return train_tiny(output, seed=1, scale=SCALE)
+
+
+def test_every_stage_leads_to_a_repository_without_code(trained):
+    pipeline = load_pipeline(trained)
+    assert isinstance(pipeline, EmuPipeline)
+    assert pipeline.vae is None
+    assert pipeline.multimodal_encoder.config.variant == "tiny"
+    assert pipeline.multimodal_encoder.config.regression_loss_weight == 1
+    assert "[ASSISTANT]" in pipeline.processor.chat_template
+    assert not [file for file in list_code_files() if (trained / file.name).exists()]
+    size = sum(file.stat().st_size for file in trained.rglob("*") if file.is_file())
+    assert size < 40e6
+    image = pipeline("a large red circle in the middle.", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+
+
+def test_what_is_done_is_not_run_again(trained, monkeypatch):
+    monkeypatch.setattr(tiny, "parse_as", None)  # no recipe is read for a run
+    weights = (trained / "model.safetensors").read_bytes()
+    assert train_tiny(trained.parent, seed=1, scale=SCALE) == trained
+    assert (trained / "model.safetensors").read_bytes() == weights
+
+
+def test_a_stopped_stage_goes_on_from_its_checkpoint(trained, tmp_path):
+    """The stage after the one that stands is run anew, from the same start: the same weights."""
+    weights = (trained / "model.safetensors").read_bytes()
+    output = trained.parent
+    (output / "instruct" / tiny.DONE_MARK).unlink()
+    (output / "decoder" / tiny.DONE_MARK).unlink()
+    trained.rename(tmp_path / "first")
+    train_tiny(output, seed=1, scale=SCALE)
+    assert (trained / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_of_another_seed_is_refused(trained):
+    assert json.loads((trained.parent / "run.json").read_text()) == {"seed": 1, "scale": SCALE}
+    with pytest.raises(ValueError, match="run: got .*'seed': 2"):
+        train_tiny(trained.parent, seed=2, scale=SCALE)
+
+
+def test_a_share_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="scale: got 0, expected more than 0"):
+        train_tiny(tmp_path, scale=0)
