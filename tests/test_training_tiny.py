@@ -54,7 +54,7 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(trained, tmp_path):
 
 def test_a_run_of_another_seed_is_refused(trained):
     assert json.loads((trained.parent / "run.json").read_text()) == {"seed": 1, "scale": SCALE}
-    with pytest.raises(ValueError, match="run: got .*'seed': 2"):
+    with pytest.raises(ValueError, match=r"run: got .*'seed': 2"):
         train_tiny(trained.parent, seed=2, scale=SCALE)
 
 
