@@ -48,6 +48,7 @@ from modeling_emu.training.decoder_cache import (
 from modeling_emu.training.decoder_data import DecoderEncoder, LiveDecoderData
 from modeling_emu.training.decoder_run import load_scheduler, train_decoder
 from modeling_emu.training.recipes import PACKAGED_RECIPES, parse_as
+from modeling_emu.training.samples import has_decoder, load_decoder
 
 
 TESTS = Path(__file__).parent
@@ -443,6 +444,9 @@ def test_the_averaged_weights_are_saved_and_the_others_in_the_checkpoint(tmp_pat
     scheduler = load_scheduler(tmp_path / "final")
     assert isinstance(scheduler, DDIMScheduler)
     assert scheduler.config.prediction_type == "v_prediction"
+    # Samples at evaluation draw with it, too.
+    assert has_decoder(str(tmp_path / "final"))
+    assert load_decoder(str(tmp_path / "final")).vae is None
 
 
 def test_a_trained_decoder_is_one_to_assemble_from_and_to_load(tmp_path, emu, pictures):

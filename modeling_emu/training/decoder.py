@@ -145,7 +145,7 @@ class EmuDecoderTrainer:
         grid: what to draw at each `validation_steps`; None draws nothing.
 
     Source:
-        Emu, section 2.3 and the appendix on the visual decoder's training; classifier-free guidance: Ho and Salimans 2022.
+        Emu, section 2.3; what recipes/decoder.yaml names. Dropped conditions: Ho and Salimans, 2022.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRACKERS = (TensorBoardCallback, WandbCallback, TrackioCallback)
-DECODER = ("unet", "vae", "scheduler")
+DECODER = ("unet", "scheduler")  # and a VAE, unless the U-Net works on pixels
 MAX_NEW_TOKENS = 64
 
 
@@ -184,14 +184,15 @@ def has_decoder(model: str) -> bool:
 
 
 def load_decoder(model: str) -> "EmuPipeline":
-    """U-Net, VAE and scheduler of a folder or Hub repository, in float32 on the CPU; it draws from embeddings alone."""
+    """U-Net, scheduler and, where there is one, VAE of a folder or Hub repository, in float32 on the CPU; it draws from embeddings alone."""
     import diffusers
 
     from ..pipeline_emu import EmuPipeline
 
     index = EmuPipeline.load_config(model)
-    parts = {name: getattr(diffusers, index[name][1]).from_pretrained(model, subfolder=name) for name in DECODER}
-    decoder = EmuPipeline(multimodal_encoder=None, processor=None, **parts)
+    names = DECODER if index.get("vae", [None])[0] is None else (*DECODER, "vae")
+    parts = {name: getattr(diffusers, index[name][1]).from_pretrained(model, subfolder=name) for name in names}
+    decoder = EmuPipeline(multimodal_encoder=None, processor=None, **{"vae": None, **parts})
     decoder.set_progress_bar_config(disable=True)
     return decoder
 
