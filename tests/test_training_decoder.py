@@ -138,7 +138,7 @@ def test_it_reproduces_four_pictures(tmp_path, emu, pictures):
     expected = np.stack([np.asarray(image) for image in images]) / 255
     errors = np.abs(drawn[:, None] - expected).mean((2, 3, 4))  # of each drawn picture against each of the four
     assert errors.argmin(1).tolist() == [0, 1, 2, 3]
-    assert errors.diagonal().max() < 0.08, errors  # measured: 0.056, and at least 0.11 to any other picture
+    assert errors.diagonal().max() < 0.08, errors  # measured: 0.062, and at least 0.108 to any other picture
     assert Image.open(tmp_path / "out" / "pictures" / "step-000300.png").size == (SIZE, SIZE)
     events = b"".join(file.read_bytes() for file in (tmp_path / "out").rglob("events.out.tfevents*"))
     assert b"pictures" in events

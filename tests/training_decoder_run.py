@@ -47,7 +47,7 @@ def make_unet(
         down_block_types=("CrossAttnDownBlock2D", *["DownBlock2D"] * num_plain),
         up_block_types=(*["UpBlock2D"] * num_plain, "CrossAttnUpBlock2D"),
         layers_per_block=1,
-        attention_head_dim=4,
+        attention_head_dim=1,
         norm_num_groups=4,
         cross_attention_dim=WIDTH,
         **kwargs,
