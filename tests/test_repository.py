@@ -26,6 +26,9 @@ MLINTER_RULES = mlinter.DEFAULT_ENABLED_TRF_RULES - {"TRF057"}
 # A home or mount of one machine, or where one machine gets its packages from.
 MACHINE = re.compile(r"(?<![\w.$}])/(?:home|root|opt|work|Users|mnt)/\w|file:/{3}|(?:index|find)[-_](?:url|links)")
 
+# A user chooses them by `report_to`, and has them installed: imported where they are used, and no requirement of ours.
+TRACKERS = {"trackio", "wandb"}
+
 
 def run_tool(*arguments: str) -> None:
     result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -183,6 +186,21 @@ def test_constraints_pin_what_development_installs():
     assert sorted(needed - pinned) == []
 
 
+def imported_with(path: Path) -> set[str]:
+    """Packages that importing a module imports: all of its imports but those inside functions."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
 @pytest.mark.parametrize(
     ("pattern", "extras"),
     [
@@ -190,19 +208,23 @@ def test_constraints_pin_what_development_installs():
         ("modeling_emu/cli/*.py", []),
         ("modeling_emu/hub/*.py", []),
         ("modeling_emu/data/*.py", ["train"]),
+        ("modeling_emu/evaluation/*.py", []),
+        ("modeling_emu/shapes/*.py", ["train", "video"]),
         ("modeling_emu/training/*.py", ["train"]),
         ("conversion/*.py", ["conversion"]),
     ],
 )
 def test_requirements_name_what_the_code_imports(pattern, extras):
-    """Nothing is left to what another package happens to bring."""
+    """Nothing is left to what another package happens to bring; trackers that nobody chose are not imported."""
     named = {
         canonicalize_name(requirement.name) for extra in ("", *extras) for requirement in project_requirements(extra)
     }
     distributions = metadata.packages_distributions()
     for path in ROOT.glob(pattern):
         modules = {name.split(".")[0] for name in get_imports(path)} - sys.stdlib_module_names
-        needed = {canonicalize_name(distributions[name][0]) for name in modules - {"conversion", "modeling_emu"}}
+        assert not TRACKERS & imported_with(path), f"{path.name} imports a tracker whatever report_to says"
+        ours = {"conversion", "modeling_emu"}
+        needed = {canonicalize_name(distributions[name][0]) for name in modules - ours - TRACKERS}
         assert needed <= named, f"{path.name} imports {needed - named}"
 
 
