@@ -497,6 +497,12 @@ def test_a_wrong_recipe_is_refused(setting, message):
         parse("decoder-cpu", setting)
 
 
+@pytest.mark.parametrize("setting", ["learning_rate=0", "lr_scheduler_kwargs.rates=1e-5"])
+def test_pieces_of_a_learning_rate_need_a_peak_and_steps(setting):
+    with pytest.raises(ValueError, match=r"piecewise_constant: got learning_rate .* expected a rate above 0"):
+        parse("decoder", setting)
+
+
 def test_a_unet_of_another_width_is_refused(tmp_path, shards):
     data = PrecomputedDecoderData(shards, [1.0], seed=0)
     unet = UNet2DConditionModel.from_config(make_unet().config | {"cross_attention_dim": 32})

@@ -135,6 +135,13 @@ class DecoderTrainingArguments:
                 f"{self.lr_scheduler_type}"
             )
 
+        rates = self.lr_scheduler_kwargs.get("rates", {})
+        if needed and not (self.learning_rate > 0 and isinstance(rates, dict)):
+            raise ValueError(
+                f"{PIECEWISE_CONSTANT}: got learning_rate {self.learning_rate} and rates {rates!r}, expected a rate above "
+                f"0, and rates by step"
+            )
+
     @property
     def num_warmup_steps(self) -> int:
         """Steps over which the learning rate rises from 0."""
