@@ -6,6 +6,7 @@ Nothing here imports torch, transformers or diffusers before a command runs, so 
 import typer
 
 from .demo import demo
+from .evaluate import evaluate
 from .generate import generate
 from .hub import hub
 from .info import info
@@ -23,6 +24,7 @@ app = typer.Typer(
 for command in (generate, info, demo):
     app.command()(command)
 app.add_typer(train)
+app.add_typer(evaluate)
 app.add_typer(hub)
 
 
