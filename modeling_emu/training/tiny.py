@@ -144,7 +144,7 @@ def make_untrained(folder: Path, seed: int) -> None:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=16,
-        attention_head_dim=4,  # the number of heads, by a name that diffusers keeps for old checkpoints
+        attention_head_dim=2,  # the number of heads, by a name that diffusers keeps for old checkpoints
         cross_attention_dim=model.config.text_config.hidden_size,
     )
     scheduler = DDIMScheduler(
