@@ -5,6 +5,7 @@ Nothing here imports torch, transformers or diffusers before a command runs, so 
 
 import typer
 
+from .chat import chat
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, info, demo):
+for command in (generate, chat, info, demo):
     app.command()(command)
 app.add_typer(train)
 app.add_typer(evaluate)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import BatchFeature
 
     from ..modeling_emu import EmuForMultimodalGeneration
+    from ..pipeline_emu import EmuPipeline
     from ..processing_emu import EmuProcessor
 
 SAMPLING = "Sampling"
@@ -99,6 +100,9 @@ def generate(
 
     A PART that ends in the suffix of an image or a video must be a file; every other PART is text.
     Text is printed, images are written as PNG files, whose paths are printed.
+
+    In text mode, a model that was tuned for conversations takes a document that begins or ends in text as the user's
+    turn, and answers; images alone, or with texts between them, it continues as they are, as it does in other modes.
     """
     given = {
         "max_new_tokens": max_new_tokens,
@@ -123,7 +127,14 @@ def generate(
     check_output(folder)
     document = read_document(parts)
     with progress("Reading the document"):
-        from .loading import find_model, load_model, load_pipeline, load_processor, seed_everything
+        from .loading import (
+            find_model,
+            get_drawing_options,
+            load_model,
+            load_pipeline,
+            load_processor,
+            seed_everything,
+        )
 
         path = find_model(model, with_decoder=mode != "text")
         processor = load_processor(path)
@@ -140,13 +151,9 @@ def generate(
 
     with progress("Loading the model"):
         pipeline: Any = load_pipeline(path, dtype, device)
+    options = get_drawing_options(pipeline.multimodal_encoder.config.variant) | options
     if mode == "image":
-        drawn = pipeline(document, generator=generator, **options)
-        flags = drawn.nsfw_content_detected or [False] * len(drawn.images)
-        result = [
-            {"type": "image", "image": image, "nsfw_content_detected": flag}
-            for image, flag in zip(drawn.images, flags, strict=True)
-        ]
+        result = draw(pipeline, document, generator=generator, **options)
     else:
         result = pipeline.generate_document(document, generator=generator, **options)
     print_document(result, folder)
@@ -193,7 +200,13 @@ def _check_values(options: dict[str, Any]) -> None:
 
 
 def encode_prompt(processor: "EmuProcessor", document: list[dict[str, Any]]) -> "BatchFeature":
-    """Encode a document in the prompt form of the processor's variant."""
+    """Encode a document in the prompt form of the processor's variant.
+
+    A document that neither begins nor ends in text asks nothing: a picture to be described, or a pattern of pictures and
+    texts to be completed. It is encoded as it is, since a chat template would make a user's turn of it.
+    """
+    if "text" not in (document[0]["type"], document[-1]["type"]):
+        return processor(documents=[document], return_tensors="pt")
     return processor.apply_chat_template(
         [{"role": "user", "content": document}],
         add_generation_prompt=True,
@@ -210,6 +223,20 @@ def continue_with_text(
     ids = model.generate(**inputs.to(model.device, model.dtype), **options)
     new_ids = ids[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(new_ids, skip_special_tokens=True)[0].strip()
+
+
+def draw(pipeline: "EmuPipeline", document: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    """Draw the picture that follows a document; options as the pipeline takes them.
+
+    Returns:
+        Its image parts, each with what the safety checker says of it.
+    """
+    drawn: Any = pipeline(document, **options)
+    flags = drawn.nsfw_content_detected or [False] * len(drawn.images)
+    return [
+        {"type": "image", "image": image, "nsfw_content_detected": flag}
+        for image, flag in zip(drawn.images, flags, strict=True)
+    ]
 
 
 def print_document(document: list[dict[str, Any]], folder: Path) -> None:

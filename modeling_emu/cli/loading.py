@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 EMU_TINY = Path(__file__).parents[1] / "emu_tiny"
 NO_COMPONENT = (None, None)  # in model_index.json
-UNTRAINED = "untrained"  # config.variant of a model that only shows how things work
+# config.variant of a model that only shows how things work, and of one that knows the shapes' world
+UNTRAINED = "untrained"
+TINY = "tiny"
 
 # What commands read of a Hub repository, as its patterns.
 CONFIGURATION_FILES = ["config.json", "model_index.json", "unet/config.json", f"{ADAPTER_FOLDER}/adapter_config.json"]
@@ -127,6 +129,15 @@ def seed_everything(seed: int | None) -> "torch.Generator | None":
         return None
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
+
+
+def get_drawing_options(variant: str) -> dict[str, Any]:
+    """How a model of this variant draws best, in the pipeline's words; empty for the pipeline's own defaults."""
+    if variant != TINY:
+        return {}
+    from ..evaluation.asking import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
+
+    return {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE}
 
 
 @contextmanager

@@ -21,6 +21,11 @@ def is_user_error(error: Exception) -> bool:
     return type(error).__name__ in ("SafetensorError", "OutOfMemoryError")  # their libraries are not imported here
 
 
+def describe_error(error: Exception) -> str:
+    """The line that says what the user can mend."""
+    return f"emu: {' '.join(str(error).split()) or type(error).__name__}"
+
+
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Make a command that ends in one line and exit code 2 where the user can mend the cause."""
 
@@ -31,7 +36,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("EMU_TRACEBACK") or not is_user_error(error):
                 raise
-            typer.echo(f"emu: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            typer.echo(describe_error(error), err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
 
     return reporting_command
