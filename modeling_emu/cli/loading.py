@@ -55,7 +55,7 @@ def find_model(model: str | None, *, with_decoder: bool) -> Path:
     if with_decoder and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"--model: got {model!r}, which has no visual decoder (model_index.json, unet/), "
-            "expected one to draw images; --mode text works without"
+            "expected one to draw images (emu generate --mode text works without)"
         )
     if model is None or is_folder(model):
         return folder

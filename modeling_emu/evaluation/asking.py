@@ -98,10 +98,11 @@ def draw_pictures(pipeline: EmuPipeline, documents: Sequence[Document], seeds: S
 def continue_with_pictures(
     pipeline: EmuPipeline, documents: Sequence[Document], seed: int, max_new_tokens: int, max_images: int
 ) -> list[Document]:
-    """The texts and pictures that follow each document, until the model ends it, or has drawn so many pictures.
+    """The texts and pictures that follow each document, where the model starts a picture itself.
 
     Args:
         seed: of all noise.
+        max_new_tokens, max_images: at which a continuation is cut off.
     """
     generator = torch.Generator().manual_seed(seed)
     continued: list[Document] = []

@@ -47,7 +47,7 @@ NUM_TRAINING_TASKS = 5
 
 SHUFFLED, CONSTANT, MAJORITY, FIRST, SECOND = "shuffled", "constant", "majority", "first picture", "second picture"
 BASELINES = {
-    SHUFFLED: "the model's own answers, each taken for that of the next sample.",
+    SHUFFLED: "the model's own answer to the next sample, taken for that to this one.",
     CONSTANT: "always what is the commonest right answer of these very samples.",
     MAJORITY: "always the commonest answer that training tasks have to this kind of question.",
     FIRST: "the first of the two pictures, copied.",
@@ -223,7 +223,7 @@ def ask_dialogues(pipeline: EmuPipeline, tasks: Sequence[Task], max_new_tokens: 
         going_on = [
             index
             for index in going_on
-            if len(answers[index]) < len(expected[index]) and answers[index] == expected[index][: len(answers[index])]
+            if answers[index] != expected[index] and answers[index] == expected[index][: len(answers[index])]
         ]
         for index in going_on:
             question = tasks[index].target[2 * len(answers[index]) - 1]
@@ -263,7 +263,7 @@ def is_story(document: Document) -> bool:
 
 
 def shift(answers: Sequence[Any]) -> list[Any]:
-    """Each sample's answer is that of the next one; the last one's is the first."""
+    """Give each sample the answer to the next one, and the last that to the first."""
     return [*answers[1:], *answers[:1]]
 
 
