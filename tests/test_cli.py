@@ -29,7 +29,15 @@ from modeling_emu.cli.info import (
     read_all_shapes,
     smallest_card_gb,
 )
-from modeling_emu.cli.loading import EMU_TINY, find_model, load_model, load_pipeline, load_processor
+from modeling_emu.cli.loading import (
+    EMU_TINY,
+    TINY,
+    find_model,
+    get_drawing_options,
+    load_model,
+    load_pipeline,
+    load_processor,
+)
 
 
 SECONDS_TO_HELP = 0.5
@@ -302,6 +310,36 @@ def test_traceback_on_request(emu, monkeypatch):
     monkeypatch.setenv("EMU_TRACEBACK", "1")
     result = emu("generate", "missing.png", exit_code=1)
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_only_what_begins_or_ends_in_text_is_a_turn(converted_instruct):
+    """A picture to be described and a pattern to be completed are continued as they are by a tuned model, too."""
+    processor = load_processor(converted_instruct)
+    image, text = {"type": "image", "image": Image.new("RGB", (8, 8))}, {"type": "text", "text": "red."}
+    user = processor.tokenizer.convert_tokens_to_ids("[USER]")
+    for document in ([text], [image, text], [text, image], [text, image, text]):
+        assert user in encode_prompt(processor, document)["input_ids"]
+    for document in ([image], [image, text, image], [{"type": "video", "video": [image["image"]] * 8}]):
+        inputs = encode_prompt(processor, document)
+        assert torch.equal(inputs["input_ids"], processor(documents=[document], return_tensors="pt")["input_ids"])
+        assert user not in inputs["input_ids"]
+
+
+def test_the_small_model_draws_as_it_is_evaluated_unless_told_otherwise(emu, tmp_path):
+    """Of its variant, here said of the packaged model: steps and guidance that are not given are its own."""
+    folder = shutil.copytree(EMU_TINY, tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"variant": TINY}))
+
+    def draw(*options):
+        arguments = ("generate", "--mode", "image", "a large red circle in the middle.", "--seed", 1, "-m", folder)
+        return np.asarray(Image.open(tmp_path / emu(*arguments, *options).stdout.strip()))
+
+    by_default = draw()
+    given = get_drawing_options(TINY)
+    steps, scale = given["num_inference_steps"], given["guidance_scale"]
+    np.testing.assert_array_equal(by_default, draw("--steps", steps, "--guidance-scale", scale))
+    assert (by_default != draw("--steps", 2)).any()
 
 
 def test_document_keeps_the_order_of_arguments(picture):
