@@ -17,6 +17,7 @@ from .train import Settings
 
 if TYPE_CHECKING:
     from ..configuration_emu import EmuConfig
+    from ..training.decoder_memory import DecoderConfigs
 
 
 Shapes = dict[str, Sequence[int]]  # of the tensors in one folder, by name
@@ -37,6 +38,17 @@ CARD_SIZES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 FREE_SHARE = 0.1
 # Bytes of one quantised weight: int8 values; 4-bit values with a float32 scale per block of 64 (bitsandbytes' nf4).
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+
+
+# What the columns of a recipe's memory are, by the kind of training.
+NOTES = {
+    "pretrain": "Weights, gradients and optimizer (its states) are exact; the rest is estimated, for the source that needs "
+    "most: copies of weights for computing, activations, and for a moment the heads' outputs or one checkpointed layer. "
+    "FSDP2 or ZeRO-3.",
+    "decoder": "Weights (with their averages, and the frozen models unless all is precomputed), gradients and optimizer (its "
+    "states) are exact; the rest is estimated: copies of weights for computing, activations, and for a moment one "
+    "checkpointed layer.",
+}
 
 
 @dataclass(frozen=True)
@@ -259,11 +271,37 @@ def find_training_configuration(model: str) -> "EmuConfig":
         ) from error
 
 
+def find_decoder_configurations(model: str, decoder: str | None) -> "DecoderConfigs":
+    """Give the configurations of the visual decoder that a recipe starts from: its decoder's, or else its model's.
+
+    With the published sizes as the model, they are the published ones unless the decoder is a folder.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    from huggingface_hub import snapshot_download
+
+    from ..training.decoder_memory import PUBLISHED_DECODER, read_decoder_configs
+    from .loading import is_folder
+
+    name = model if decoder is None else decoder
+    if PUBLISHED in (model, name) and not Path(name).is_dir():
+        return PUBLISHED_DECODER
+    try:
+        files = [f"{folder}/config.json" for folder in ("unet", "vae")]
+        return read_decoder_configs(Path(name if is_folder(name) else snapshot_download(name, allow_patterns=files)))
+    except ValueError as error:
+        raise ValueError(
+            f"visual decoder of the recipe: got {name!r}, which has no configuration to read ({error}); "
+            f"expected --set decoder=DIR with a unet/config.json, or --set decoder={PUBLISHED} for the published sizes"
+        ) from error
+
+
 def _print_training(recipe: str, settings: list[str]) -> None:
     with progress("Computing"):
-        from ..training.memory import plan_training
+        from ..training.plan import plan_training
 
-        plan = plan_training(recipe, settings, find_training_configuration)
+        plan = plan_training(recipe, settings, find_training_configuration, find_decoder_configurations)
     from rich.console import Console
     from rich.table import Table
 
@@ -285,7 +323,6 @@ def _print_training(recipe: str, settings: list[str]) -> None:
         table.add_row(name, *sizes, f"{card} GB" if card else "none")
     console.print(table)
     console.print(
-        "Weights, gradients and optimizer (its states) are exact; the rest is estimated, for the source that needs most: "
-        "copies of weights for computing, activations, and for a moment the heads' outputs or one checkpointed layer. "
-        f"FSDP2 or ZeRO-3. Each: the smallest common card that keeps {FREE_SHARE:.0%} free. Computed, not measured."
+        f"{NOTES.get(plan.kind, NOTES['pretrain'])} Each: the smallest common card that keeps {FREE_SHARE:.0%} free. "
+        "Computed, not measured."
     )

@@ -4,13 +4,12 @@ Exact: weights, gradients and the optimiser's states. Estimated: copies of weigh
 and logits (activations.py). The exact part stops a run before its first step where it cannot fit; the estimate only warns.
 """
 
-import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import psutil
 import torch
@@ -20,12 +19,11 @@ from transformers.training_args import OptimizerNames
 
 from ..configuration_emu import EmuConfig
 from ..modeling_emu import EmuForMultimodalGeneration
-from .activations import Batch, compute_activations, compute_logits, get_batches, get_precision
+from .activations import compute_activations, compute_logits, get_batches, get_precision
 from .arguments import EmuTrainingArguments
-from .decoder_arguments import DecoderArguments, DecoderTrainingArguments
 from .instruct import INSTRUCT_TOKENS, add_lora
 from .parts import freeze_parts
-from .recipes import DataArguments, InstructArguments, PretrainArguments, parse_recipe, read_recipe
+from .recipes import DataArguments, InstructArguments
 
 
 logger = logging.getLogger(__name__)
@@ -38,12 +36,6 @@ ADAM8_BLOCK, ADAM8_MIN_SIZE = 256, 4096
 # Name of TrainingArguments.optim -> states per weight, in the dtype of the weight.
 OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}
 OPTIMIZERS_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
-
-KINDS_OF_TRAINING: dict[str, tuple[Any, ...]] = {
-    "pretrain": (PretrainArguments, EmuTrainingArguments),
-    "instruct": (InstructArguments, EmuTrainingArguments),
-    "decoder": (DecoderArguments, DecoderTrainingArguments),
-}
 
 
 @dataclass(frozen=True)
@@ -63,15 +55,6 @@ class Layout:
         if not self.is_sharded or not shape:
             return shape.numel()
         return math.ceil(shape[0] / self.num_processes) * math.prod(shape[1:])
-
-
-LAYOUTS = {
-    "1": Layout(),
-    "8 DDP": Layout(8),
-    "8 FSDP2": Layout(8, True),
-    "128 DDP": Layout(128),
-    "128 FSDP2": Layout(128, True),
-}
 
 
 @dataclass(frozen=True)
@@ -106,20 +89,16 @@ class Memory:
         return self.exact + self.copies + self.activations + self.moment
 
 
-def find_kind(recipe: dict[str, Any]) -> str:
-    """Give the kind of training that a recipe is for: "pretrain", "instruct" or "decoder".
+def find_dtype(config: EmuConfig, name: str) -> torch.dtype:
+    """Give the dtype that a recipe names; auto is the model's own.
 
-    Its keys say it; where they fit both of the first, conversations alone are for "instruct".
+    Raises:
+        ValueError: for an unknown one.
     """
-    names: dict[str, set[str]] = {}
-    for kind, classes in KINDS_OF_TRAINING.items():
-        names[kind] = {field.name for known in classes for field in dataclasses.fields(known)}
-    num_unknown = {kind: len(recipe.keys() - known) for kind, known in names.items()}
-    nearest = [kind for kind, count in num_unknown.items() if count == min(num_unknown.values())]
-    sources = recipe.get("sources") or [{}]
-    if "instruct" in nearest and all(source.get("kind") == "instruction" for source in sources):
-        return "instruct"
-    return nearest[0]
+    dtype = config.dtype or torch.float32 if name == "auto" else DTYPES.get(name)
+    if dtype is None:
+        raise ValueError(f"dtype: got {name!r}, expected auto or one of {', '.join(DTYPES)}")
+    return dtype
 
 
 def build_empty_model(config: EmuConfig, arguments: DataArguments, training: EmuTrainingArguments) -> nn.Module:
@@ -134,9 +113,7 @@ def build_empty_model(config: EmuConfig, arguments: DataArguments, training: Emu
     config = EmuConfig.from_dict(config.to_dict())
     if isinstance(arguments, InstructArguments) and config.variant != "instruct":
         config.text_config.vocab_size += len(INSTRUCT_TOKENS)
-    dtype = config.dtype or torch.float32 if arguments.dtype == "auto" else DTYPES.get(arguments.dtype)
-    if dtype is None:
-        raise ValueError(f"dtype: got {arguments.dtype!r}, expected auto or one of {', '.join(DTYPES)}")
+    dtype = find_dtype(config, arguments.dtype)
     with torch.device("meta"):
         model = EmuForMultimodalGeneration(config).to(dtype)
         freeze_parts(model, training.freeze)
@@ -266,57 +243,6 @@ def compute_memory(
     return max(candidates, key=lambda memory: memory.total)
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a recipe's training is and needs.
-
-    Args:
-        kind: "pretrain" or "instruct".
-        num_parameters: all of them.
-        num_trained: those that are not frozen.
-        batches: of each source.
-        memory: by the name of a layout, for one process.
-    """
-
-    kind: str
-    num_parameters: int
-    num_trained: int
-    batches: list[Batch]
-    memory: dict[str, Memory]
-
-
-def plan_training(recipe: str, settings: Sequence[str], read_config: Callable[[str], EmuConfig]) -> TrainingPlan:
-    """Compute what a recipe needs, without weights and whatever this machine has.
-
-    Args:
-        recipe: see `read_recipe`.
-        settings: see `read_recipe`.
-        read_config: gives the configuration of the model that the recipe names.
-
-    Raises:
-        ValueError: for a recipe that cannot be, or one whose needs are not known.
-    """
-    kind = find_kind(read_recipe(recipe, settings))
-    if kind == "decoder":
-        raise ValueError(f"recipe: got {recipe!r}, which trains the visual decoder, expected one of Emu itself")
-    arguments_class = InstructArguments if kind == "instruct" else PretrainArguments
-    arguments, training = parse_recipe(recipe, [*settings, "use_cpu=true"], arguments_class)
-    check_optimizer(training)
-    model = build_empty_model(read_config(arguments.model), arguments, training)
-    is_quantized = isinstance(arguments, InstructArguments) and arguments.quantization is not None
-    return TrainingPlan(
-        kind,
-        sum(parameter.numel() for parameter in model.parameters()),
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        get_batches(arguments, training, cast(EmuConfig, model.config)),
-        {
-            name: compute_memory(model, arguments, training, layout)
-            for name, layout in LAYOUTS.items()
-            if not (layout.is_sharded and is_quantized)  # 4-bit weights are not sharded by these recipes
-        },
-    )
-
-
 def get_layout(training: EmuTrainingArguments) -> Layout:
     """Give how this run is laid out, as torchrun, accelerate or the recipe say; DeepSpeed counts as ZeRO-3, its least."""
     asks_for_fsdp = bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -360,23 +286,39 @@ def check_memory(config: EmuConfig, arguments: DataArguments, training: EmuTrain
         return
     model = build_empty_model(config, arguments, training)
     memory = compute_memory(model, arguments, training, get_layout(training))
+    compare_with_free(
+        memory, free, training.device, "smaller batches, a smaller max_length or activation_checkpointing"
+    )
+
+
+def compare_with_free(memory: Memory, free: int, device: torch.device, remedy: str) -> None:
+    """Refuse what cannot fit, and warn of what probably does not.
+
+    Args:
+        free: bytes.
+        remedy: what would need less, in words.
+
+    Raises:
+        ValueError: if weights, gradients and optimiser states alone need more than is free.
+    """
     parts = (
         f"weights {format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, "
         f"optimiser states {format_bytes(memory.optimizer)}"
     )
     if memory.exact > free:
         raise ValueError(
-            f"free memory of {training.device}: got {format_bytes(free)}, expected at least {format_bytes(memory.exact)} "
+            f"free memory of {device}: got {format_bytes(free)}, expected at least {format_bytes(memory.exact)} "
             f"({parts}) and room for activations"
         )
     if memory.total > free:
         logger.warning(
-            "free memory of %s: got %s; %s are exact, and with activations and what the heads give about %s may be needed: smaller "
-            "batches, a smaller max_length or activation_checkpointing need less",
-            training.device,
+            "free memory of %s: got %s; %s are exact, and with activations and what the heads give about %s may be needed: %s "
+            "need less",
+            device,
             format_bytes(free),
             parts,
             format_bytes(memory.total),
+            remedy,
         )
 
 
