@@ -128,6 +128,11 @@ def test_the_verdict_names_what_of_a_picture_is_wrong():
     ]:
         picture = render_scene(Scene((replace(item, **change),)), random.Random(0))
         assert judge_answer(task, picture) == (False, verdict)
+    swapped = Scene((Item("ring", "red", "large", "top left"), Item("cross", "blue", "large", "top right")))
+    scene = Scene((Item("ring", "blue", "large", "top left"), Item("cross", "red", "large", "top right")))
+    picture = render_scene(swapped, random.Random(0))
+    verdict = "wrong: which belongs to which, or something else is there"
+    assert judge_answer(Task("draw", [], [], scene, (scene,)), picture) == (False, verdict)
 
 
 def test_texts_are_printed_as_they_are_and_not_without_end(capsys):

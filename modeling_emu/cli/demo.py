@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..pipeline_emu import EmuPipeline
     from ..shapes.documents import Task
 
+PICTURE_PARTS = ("count", "shapes", "colours", "sizes", "places")  # of the checker's verdict
 MAX_LETTERS = 300  # of a text on the terminal: more than any text of the shapes' world
 
 
@@ -102,7 +103,7 @@ def make_document(answer: Any) -> list[dict[str, Any]]:
 
 def judge_answer(task: "Task", answer: Any) -> tuple[bool | None, str]:
     """Whether an answer is right, None where the checker cannot read pictures of this size, and the same in words."""
-    from ..evaluation.shapes import DRAWN_KINDS, PICTURE_PARTS, is_right
+    from ..evaluation.shapes import DRAWN_KINDS, is_right
     from ..shapes.checker import judge
 
     if not all(can_read(part["image"]) for part in make_document(answer) if part["type"] == "image"):
@@ -114,11 +115,10 @@ def judge_answer(task: "Task", answer: Any) -> tuple[bool | None, str]:
     verdict = judge(expected, answer)
     if verdict.right:
         return True, "right"
-    parts = {part: getattr(verdict, name) for part, (name, _) in PICTURE_PARTS.items() if part}
-    wrong = [part for part, is_right in parts.items() if not is_right]
-    if len(wrong) == len(parts):
+    wrong = [part for part in PICTURE_PARTS if not getattr(verdict, part)]
+    if len(wrong) == len(PICTURE_PARTS):
         return False, "wrong"
-    return False, f"wrong: {', '.join(wrong or ['not clear'])}"
+    return False, f"wrong: {', '.join(wrong) or 'which belongs to which, or something else is there'}"
 
 
 def can_read(image: Any) -> bool:
