@@ -205,7 +205,7 @@ def test_a_picture_of_which_one_attribute_is_wrong_is_wrong_in_this_part_alone(k
         wrong = [change_item(task.expected, **change(task.expected.items[0])) for task in tasks]
         pictures = [make_image(scene, rng)["image"] for scene in wrong]
         shares = {figure.part: figure.share for figure in score_pictures("ability", tasks, pictures)}
-        assert shares == {name: 0.0 if name in ("", part) else 1.0 for name in PICTURE_PARTS}
+        assert shares == {name: 0.0 if name in ("", part) else 1.0 for name in ("", *PICTURE_PARTS)}
 
 
 def test_objects_too_many_too_few_and_swapped_are_wrong():
@@ -222,8 +222,8 @@ def test_objects_too_many_too_few_and_swapped_are_wrong():
         }
         for name, scene in {"swapped": swapped, "more": more, "fewer": fewer}.items()
     }
-    assert verdicts["swapped"] == {part: float(part != "") for part in PICTURE_PARTS}
-    assert verdicts["more"] == verdicts["fewer"] == dict.fromkeys(PICTURE_PARTS, 0.0)
+    assert verdicts["swapped"] == {"": 0.0} | dict.fromkeys(PICTURE_PARTS, 1.0)
+    assert verdicts["more"] == verdicts["fewer"] == dict.fromkeys(("", *PICTURE_PARTS), 0.0)
 
 
 def make_story(*scenes: Scene) -> list:
@@ -390,6 +390,7 @@ def test_report_gives_figures_by_name():
 def test_markdown_has_abilities_then_parts_then_baselines():
     text = make_report().to_markdown()
     abilities, parts, baselines = text.replace("Baselines:", "In parts:").split("In parts:")
+    assert abilities.startswith("`emu evaluate shapes`: seed 1, num_samples 200.\n")
     assert "| pictures | 190 / 200 | 95.0% | 91.0% to 97.3% | shuffled 0.5% | shows all |" in abilities
     assert "| pictures | colours | 198 / 200 | 99.0% | 96.4% to 99.7% | shuffled 12.0% | the same colours |" in parts
     assert baselines.strip().splitlines() == [f"- {name}: {what}" for name, what in BASELINES.items()]

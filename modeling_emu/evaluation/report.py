@@ -94,7 +94,7 @@ class Report:
     """The figures of a benchmark.
 
     Args:
-        task: its name.
+        task: its name, as `emu evaluate` knows it.
         settings: what the figures depend on beside the model, such as the seed; numbers and texts.
         baselines: name -> what it does.
         figures: in order; the parts of an ability after the figure of all of it.
@@ -150,7 +150,7 @@ class Report:
         """The report for a model card: a table of abilities, one of their parts, and what the baselines are."""
         abilities = [figure for figure in self.figures if not figure.part]
         parts = [figure for figure in self.figures if figure.part]
-        lines = [f"`{self.task}`: {self.describe_settings()}.", ""]
+        lines = [f"`emu evaluate {self.task}`: {self.describe_settings()}.", ""]
         lines += make_rows(
             (*COLUMNS, "what counts as right"), ([*figure.list_cells(), figure.criterion] for figure in abilities)
         )

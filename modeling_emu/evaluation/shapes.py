@@ -65,14 +65,13 @@ CRITERIA = {
     "story": "two or three pictures, each with all that its text says, each text one event after the one before",
     "dialogue": "exactly the right answer in every turn",
 }
-# Part of a picture -> what of `Verdict` says whether it is right, and in words.
+# Of a verdict on a picture, what is reported beside the whole, in words.
 PICTURE_PARTS = {
-    "": ("right", ""),
-    "count": ("count", "as many objects"),
-    "shapes": ("shapes", "the same shapes"),
-    "colours": ("colours", "the same colours"),
-    "sizes": ("sizes", "the same sizes"),
-    "places": ("places", "the same places"),
+    "count": "as many objects",
+    "shapes": "the same shapes",
+    "colours": "the same colours",
+    "sizes": "the same sizes",
+    "places": "the same places",
 }
 
 
@@ -308,13 +307,14 @@ def score_pictures(ability: str, tasks: Sequence[Task], pictures: Sequence[Image
 
     verdicts, guessed = judge_all(pictures), {name: judge_all(images) for name, images in guesses.items()}
     figures = []
-    for part, (attribute, criterion) in PICTURE_PARTS.items():
+    for part, criterion in {"": CRITERIA[kind], **PICTURE_PARTS}.items():
+        attribute = part or "right"
         baselines = {
             name: compute_share([getattr(verdict, attribute) for verdict in of_guess])
             for name, of_guess in guessed.items()
         }
         num_right = sum(getattr(verdict, attribute) for verdict in verdicts)
-        figures.append(Figure(ability, criterion or CRITERIA[kind], num_right, len(tasks), baselines, part))
+        figures.append(Figure(ability, criterion, num_right, len(tasks), baselines, part))
     return figures
 
 
