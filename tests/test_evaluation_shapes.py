@@ -51,6 +51,7 @@ from modeling_emu.evaluation.shapes import (
     score_pictures,
     shift,
 )
+from modeling_emu.generation_emu import EmuGenerateOutput
 from modeling_emu.shapes.captions import Panel, list_captions, list_clip_captions, write_panel
 from modeling_emu.shapes.documents import TASK_KINDS, Task, make_image, make_text
 from modeling_emu.shapes.questions import QUESTION_KINDS, Question, majority_baseline
@@ -481,6 +482,23 @@ def test_the_noise_of_a_picture_is_its_own(pipeline, few_steps, monkeypatch):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 2
     again = draw_pictures(pipeline, documents[:1], [8])
     assert np.abs(np.asarray(pictures[0], dtype=int) - np.asarray(again[0], dtype=int)).max() > 20
+
+
+def test_a_story_is_read_back_from_the_ids_that_are_learned(pipeline):
+    """Texts after a picture too, whose pictures are put in by hand."""
+    processor, config = pipeline.processor, pipeline.multimodal_encoder.config
+    for task in draw_tasks("story", "test", 5, seed=0):
+        sequences = EmuSampleEncoder(processor).encode(Sample(task.document, "key")).input_ids[None]
+        pictures = [part["image"] for part in task.target if part["type"] == "image"]
+        embeds = torch.zeros(len(pictures), config.num_image_tokens, config.get_text_config().hidden_size)
+        outputs = EmuGenerateOutput(
+            sequences=sequences, image_embeds=embeds, image_rows=torch.zeros(len(pictures), dtype=torch.long)
+        )
+        prompt_length = encode_documents(processor, [task.prompt])["input_ids"].shape[1]
+        [document] = processor.decode_documents(outputs, prompt_length)
+        for part, picture in zip(document[::2], pictures, strict=True):
+            part["image"] = picture
+        assert is_right(task, document)
 
 
 def test_stories_are_told_until_they_have_too_many_pictures(pipeline, few_steps):
