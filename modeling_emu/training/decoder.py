@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed, tqdm
+from accelerate.utils import AutocastKwargs, gather_object, set_seed, tqdm
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -165,6 +165,8 @@ class EmuDecoderTrainer:
             log_with=None if args.report_to in (None, "none") else args.report_to,
             project_dir=args.output_dir,
             cpu=args.use_cpu,
+            # each weight is read once, so 16-bit copies for later would only fill memory
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
         set_seed(args.seed, device_specific=True)
         self.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=args.prediction_type)
@@ -178,10 +180,11 @@ class EmuDecoderTrainer:
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
+            foreach=False,  # which takes as much as all weights for a moment, as it does in the averages
         )
         self.lr_schedule = make_schedule(optimizer, args)
         self.unet, self.optimizer = self.accelerator.prepare(unet, optimizer)
-        self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True)
+        self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=False)
         self.null_embeds = data.null_embeds.to(self.accelerator.device)
         if (width := self.null_embeds.shape[-1]) != unet.config.cross_attention_dim:
             raise ValueError(

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil
 
+from ..configuration_emu import EmuConfig
 from ..data import EmuMixture, EmuSampleEncoder, EmuSource
 from ..documents_emu import prepare_part
 from ..modeling_emu import EmuForMultimodalGeneration
@@ -36,6 +37,7 @@ from .decoder_cache import (
     write_null_embeds,
 )
 from .decoder_data import DecoderData, DecoderEncoder, DecoderStream, LiveDecoderData
+from .decoder_memory import check_decoder_memory, read_decoder_configs
 from .decoder_pictures import PictureGrid
 
 
@@ -79,6 +81,9 @@ class DecoderRun:
     Args:
         arguments: what is trained on what.
         training_arguments: how.
+
+    Raises:
+        ValueError: before anything is loaded, if a step cannot fit into memory.
     """
 
     def __init__(self, arguments: DecoderArguments, training_arguments: DecoderTrainingArguments):
@@ -86,12 +91,18 @@ class DecoderRun:
         self.state = PartialState(cpu=training_arguments.use_cpu, timeout=LONGEST_WAIT)
         self.model = find_folder(arguments.model)
         self.decoder = self.model if arguments.decoder is None else find_folder(arguments.decoder)
+        self.check_memory()
         self.unet = UNet2DConditionModel.from_pretrained(self.decoder / "unet", dtype=torch.float32)
         self.scheduler = load_scheduler(self.decoder)
         self.prompts = [
             [prepare_part(part) for part in (prompt if isinstance(prompt, list) else [prompt])]
             for prompt in arguments.validation_prompts
         ]
+
+    def check_memory(self, is_precomputing: bool = False) -> None:
+        """Refuse to train, or to precompute, where that cannot fit into memory."""
+        config, decoder = EmuConfig.from_pretrained(self.model), read_decoder_configs(self.decoder)
+        check_decoder_memory(config, decoder, self.arguments, self.args, self.state, is_precomputing)
 
     def load_encoder(self) -> DecoderEncoder:
         """The frozen models, on this process's device."""
@@ -138,12 +149,14 @@ class DecoderRun:
 
     def precompute(self, folder: Path) -> None:
         """Compute the shards that are missing, in all processes, and the conditions of the prompts to draw."""
+        is_complete, has_prompts = is_complete_cache(folder), self._read_prompts(folder) is not None
+        is_done = is_complete and has_prompts
+        if not is_done:
+            self.check_memory(is_precomputing=True)
         if self.state.is_main_process:
             check_fingerprint(folder, self.make_fingerprint())
         self.state.wait_for_everyone()
-        is_complete, has_prompts = is_complete_cache(folder), self._read_prompts(folder) is not None
-        self.state.wait_for_everyone()
-        if is_complete and has_prompts:
+        if is_done:
             return
         encoder = self.load_encoder()
         if not is_complete:
