@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +96,13 @@ def converted_adapter(tmp_path_factory):
 
 
 def test_help_is_quick():
-    """The best of several runs of the whole command."""
+    """The best of several runs of the whole command, by the processor's time, which no other work on the machine adds to."""
     durations_s = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = os.times()
         output = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
-        durations_s.append(time.perf_counter() - start)
+        after = os.times()
+        durations_s.append(sum(after[2:4]) - sum(before[2:4]))  # of child processes: user and system
     assert "generate" in output
     assert min(durations_s) < SECONDS_TO_HELP
 
