@@ -52,7 +52,7 @@ from modeling_emu.training.samples import has_decoder, load_decoder
 
 
 TESTS = Path(__file__).parent
-DECODER_RECIPES = sorted(PACKAGED_RECIPES.glob("decoder*.yaml"))
+DECODER_RECIPES = sorted(PACKAGED_RECIPES.glob("*decoder*.yaml"))
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from modeling_emu.training.recipes import (
 from modeling_emu.training.run import FINAL_FOLDER, instruct, pretrain
 
 
-LANGUAGE_RECIPES = [path for path in sorted(PACKAGED_RECIPES.glob("*.yaml")) if not path.stem.startswith("decoder")]
+LANGUAGE_RECIPES = [path for path in sorted(PACKAGED_RECIPES.glob("*.yaml")) if "decoder" not in path.stem]
 COLOURS = {"red": (214, 64, 54), "blue": (56, 108, 214)}
 
 
@@ -64,7 +64,7 @@ def make_recipe(tmp_path, text: str):
 
 @pytest.mark.parametrize("path", LANGUAGE_RECIPES, ids=lambda path: path.stem)
 def test_packaged_recipes_are_complete_and_known(path):
-    arguments_class = PretrainArguments if "pretrain" in path.stem else InstructArguments
+    arguments_class = InstructArguments if "emu-i" in path.stem or "instruct" in path.stem else PretrainArguments
     arguments, training = parse_recipe(path.stem, ["use_cpu=true"], arguments_class)
     assert arguments.sources
     assert training.max_steps > 0
@@ -128,6 +128,29 @@ def test_a_wrong_recipe_is_refused(tmp_path, text, message):
         settings.append("sources=[{kind: a, files: b}]")
     with pytest.raises(ValueError, match=message):
         parse_recipe(name, settings, PretrainArguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("packing=no", "packing: got 'no', expected true or false"),
+        ("bf16=off", "bf16: got 'off', expected true or false"),
+        ("tf32=no", "tf32: got 'no', expected true or false or null"),
+        ("max_steps=ten", "max_steps: got 'ten', expected a whole number"),
+        ("max_steps=2.5", "max_steps: got 2.5, expected a whole number"),
+        ("max_length=true", "max_length: got True, expected a whole number or null"),
+        ("learning_rate=abc", "learning_rate: got 'abc', expected a number"),
+        ("freeze=vision", "freeze: got 'vision', expected a list"),
+        ("sources=images", "sources: got 'images', expected a list"),
+        ("sources=[images]", r"sources: got \['images'\], expected a list"),
+        ("objective=mse", "objective: got 'mse', expected keys with values"),
+        ("objective.regression_loss=l1", "objective: .*expected one of .*mse.* got l1"),
+        ("objective.text_loss_weight=much", "objective: .*text_loss_weight"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(setting, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        parse_recipe("pretrain-cpu", [setting], PretrainArguments)
 
 
 def test_a_missing_key_file_or_value_is_named(tmp_path):

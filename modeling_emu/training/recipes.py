@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
+from ..configuration_emu import EmuConfig
 from .arguments import EmuTrainingArguments
 
 
@@ -23,6 +26,15 @@ OBJECTIVE_KEYS = (
     "normalize_regression_targets",
     "supervise_image_start",
 )
+# What YAML gives, and how a message calls it. Texts are not among them: what a text may say, its reader knows.
+KINDS_OF_VALUES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "keys with values",
+    NoneType: "null",
+}
 
 Arguments = TypeVar("Arguments")
 
@@ -32,7 +44,8 @@ class DataArguments:
     """Which model a recipe trains, and on what.
 
     Raises:
-        ValueError: for unknown keys, no source, or batch sizes that fit neither each other nor packing.
+        ValueError: for unknown keys, an objective that cannot be, no source, or batch sizes that fit neither each other
+            nor packing.
     """
 
     model: str = field(metadata={"help": "Folder or Hub id of the model to start from."})
@@ -62,6 +75,10 @@ class DataArguments:
         if not self.sources:
             raise ValueError("sources: got none, expected at least one")
         check_keys(self.objective, OBJECTIVE_KEYS, "objective")
+        try:
+            EmuConfig(**self.objective)
+        except StrictDataclassError as error:
+            raise ValueError(f"objective: {error}") from error
         for source in (*self.sources, *self.eval_sources):
             check_keys(source, SOURCE_KEYS, "source")
             if missing := [key for key in ("kind", "files") if key not in source]:
@@ -125,6 +142,29 @@ def check_keys(got: Iterable[str], expected: Sequence[str], what: str) -> None:
         if key not in expected:
             nearest = difflib.get_close_matches(str(key), expected, n=1, cutoff=0)
             raise ValueError(f"key of the {what}: got {key!r}, expected a known one; the nearest is {nearest[0]!r}")
+
+
+def check_values(recipe: dict[str, Any], types: dict[str, Any]) -> None:
+    """Refuse a value that is no number, list or truth value where one is needed: `packing: no` would be true.
+
+    Args:
+        types: by key, as annotated.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for name, value in recipe.items():
+        kinds: tuple[Any, ...] = get_args(types[name]) if isinstance(types[name], UnionType) else (types[name],)
+        plain = {get_origin(kind) or kind for kind in kinds}
+        if not plain <= KINDS_OF_VALUES.keys():
+            continue
+        is_known = type(value) in (plain | {int} if float in plain else plain)
+        if is_known and list in plain and value is not None:
+            [item] = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+            is_known = item is Any or all(type(entry) is item for entry in value)
+        if not is_known:
+            expected = " or ".join(text for kind, text in KINDS_OF_VALUES.items() if kind in plain)
+            raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def find_recipe(name: str) -> Path:
@@ -194,6 +234,8 @@ def parse_as(name: str, settings: Sequence[str], *classes: Any) -> tuple[Any, ..
     recipe = read_recipe(name, settings)
     fields = [field for parsed in classes for field in dataclasses.fields(parsed) if field.init]
     check_keys(recipe, [field.name for field in fields], "recipe")
+    # The fields' own types will not do: HfArgumentParser changes them.
+    check_values(recipe, {name: kind for parsed in classes for name, kind in get_type_hints(parsed).items()})
     needed = {
         field.name
         for field in fields
