@@ -312,7 +312,7 @@ def compare_with_free(memory: Memory, free: int, device: torch.device, remedy: s
         )
     if memory.total > free:
         logger.warning(
-            "free memory of %s: got %s; %s are exact, and with activations and what the heads give about %s may be needed: %s "
+            "free memory of %s: got %s; %s are exact, and with activations about %s may be needed for a moment: %s "
             "need less",
             device,
             format_bytes(free),
