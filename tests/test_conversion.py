@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDENS, make_config
+from golden_emu import GOLDEN_EMU
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from published import PublishedEmu, Sizes, make_state_dict, write_sizes
@@ -791,3 +792,19 @@ def test_the_script_runs_from_a_checkout(pretrain):
     )
     assert process.returncode == 0, process.stderr
     assert (pretrain.output / "config.json").is_file()
+
+
+def test_the_model_of_the_training_tests_is_the_converted_golden(converted_pretrain):
+    """Only the variant and the safety checker set it apart."""
+    for path in GOLDEN_EMU.rglob("*.safetensors"):
+        expected = load_file(converted_pretrain / path.relative_to(GOLDEN_EMU))
+        found = load_file(path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    for name in ("tokenizer.json", "chat_template.jinja", "unet/config.json", "vae/config.json"):
+        assert (GOLDEN_EMU / name).read_text() == (converted_pretrain / name).read_text()
+    config = json.loads((GOLDEN_EMU / "config.json").read_text())
+    assert config.pop("variant") == json.loads((GOLDEN_EMU / "processor_config.json").read_text())["variant"]
+    assert config["text_config"] == json.loads((converted_pretrain / "config.json").read_text())["text_config"]
+    index = json.loads((GOLDEN_EMU / "model_index.json").read_text())
+    assert [name for name in index if index[name] == [None, None]] == ["feature_extractor", "safety_checker"]

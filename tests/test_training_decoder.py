@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from golden_emu import GOLDEN_EMU
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -35,7 +36,6 @@ from typer.testing import CliRunner
 from conversion.decoder import check_decoder
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline
 from modeling_emu.cli import app
-from modeling_emu.cli.loading import EMU_TINY
 from modeling_emu.data import EmuMixture, EmuSource, Sample
 from modeling_emu.training.decoder import EmuDecoderTrainer, draw_samples, make_schedule
 from modeling_emu.training.decoder_arguments import DecoderArguments, DecoderTrainingArguments
@@ -81,7 +81,7 @@ def shards(tmp_path_factory, emu, pictures) -> Path:
 
 def make_settings(tmp_path: Path, pictures: str, *more: str) -> list[str]:
     settings = [
-        f"model={EMU_TINY}",
+        f"model={GOLDEN_EMU}",
         f"sources=[{{kind: image_text, files: '{pictures}'}}]",
         f"precomputed={tmp_path / 'shards'}",
         f"output_dir={tmp_path / 'out'}",
@@ -388,7 +388,7 @@ def test_gradient_checkpointing_and_bfloat16_train_the_same(tmp_path, shards, wh
 
 
 def test_only_the_unet_moves(tmp_path, emu, pictures):
-    pipeline = make_pipeline((EmuForMultimodalGeneration.from_pretrained(EMU_TINY), emu[1]), with_vae=True)
+    pipeline = make_pipeline((EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU), emu[1]), with_vae=True)
     parts = {name: getattr(pipeline, name) for name in ("multimodal_encoder", "vae", "unet")}
     before = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
     data = LiveDecoderData(DecoderEncoder(pipeline, "regressed"), make_stream(pictures, emu, repeat=True))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from golden_emu import GOLDEN_EMU
 from training_run import TinyCollator, make_arguments
 from transformers import AutoModel
 
 from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
-from modeling_emu.cli.loading import EMU_TINY
 from modeling_emu.training.instruct import add_instruct_tokens, add_lora, save_tuned
 from modeling_emu.training.trainer import EmuTrainer
 
@@ -16,7 +16,7 @@ CONVERSATION = [{"role": "user", "content": "Name a colour."}, {"role": "assista
 
 @pytest.fixture
 def model_and_processor():
-    return EmuForMultimodalGeneration.from_pretrained(EMU_TINY), EmuProcessor.from_pretrained(EMU_TINY)
+    return EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU), EmuProcessor.from_pretrained(GOLDEN_EMU)
 
 
 def encode_conversation(processor: EmuProcessor) -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def test_adapter_and_merged_model_come_back_from_their_folders(model_and_process
     from peft import PeftModel
 
     model, processor = model_and_processor
-    untuned_logits = EmuForMultimodalGeneration.from_pretrained(EMU_TINY)(torch.tensor([[1, 5, 6]])).logits
+    untuned_logits = EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU)(torch.tensor([[1, 5, 6]])).logits
     with torch.enable_grad():
         tuned = tune(model, processor, tmp_path)
     inputs = encode_conversation(processor)
@@ -101,7 +101,7 @@ def test_adapter_and_merged_model_come_back_from_their_folders(model_and_process
     assert (tuned(torch.tensor([[1, 5, 6]])).logits[..., :1004] - untuned_logits).abs().max() > 1e-3
 
     save_tuned(tuned, processor, tmp_path / "adapter", merge=False)
-    base = EmuForMultimodalGeneration.from_pretrained(EMU_TINY)
+    base = EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU)
     reloaded_processor = EmuProcessor.from_pretrained(tmp_path / "adapter")
     base.resize_token_embeddings(len(reloaded_processor.tokenizer), mean_resizing=False)
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()

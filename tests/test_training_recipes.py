@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from golden_emu import GOLDEN_EMU
 from PIL import Image
 from transformers import AutoModel
 
 from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
-from modeling_emu.cli.loading import EMU_TINY
 from modeling_emu.training.recipes import (
     PACKAGED_RECIPES,
     InstructArguments,
@@ -45,7 +45,7 @@ def write_instructions(folder) -> str:
 
 def make_settings(tmp_path, files: str, kind: str, *more: str) -> list[str]:
     return [
-        f"model={EMU_TINY}",
+        f"model={GOLDEN_EMU}",
         f"sources=[{{kind: {kind}, files: '{files}'}}]",
         f"output_dir={tmp_path / 'out'}",
         "max_steps=3",
@@ -83,7 +83,7 @@ def test_fsdp_of_the_published_pretraining_finds_its_layers():
     """Parsed and instantiated; not run."""
     _, training = parse_recipe("emu-pretrain", ["use_cpu=true"], PretrainArguments)
     plugin = FullyShardedDataParallelPlugin(**training.fsdp_plugin_args)
-    plugin.set_auto_wrap_policy(EmuForMultimodalGeneration.from_pretrained(EMU_TINY))
+    plugin.set_auto_wrap_policy(EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU))
     assert plugin.fsdp_version == 2
     wrapped = {layer.__name__ for layer in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}
     assert wrapped == {"Blip2EncoderLayer", "EmuCausalFormerLayer", "LlamaDecoderLayer"}
@@ -174,7 +174,7 @@ def test_pretraining_from_files_to_a_folder(tmp_path, packing):
     settings = make_settings(tmp_path, files, "image_text", f"packing={packing}", "objective.text_loss_weight=0.5")
     folder = pretrain(*parse_recipe("pretrain-cpu", settings, PretrainArguments))
     assert folder == tmp_path / "out" / FINAL_FOLDER
-    before = EmuForMultimodalGeneration.from_pretrained(EMU_TINY)
+    before = EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU)
     after = EmuForMultimodalGeneration.from_pretrained(folder)
     assert after.config.text_loss_weight == 0.5
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_emu import GOLDEN_EMU
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training_recipes import make_settings, write_instructions, write_pairs
 
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
-from modeling_emu.cli.loading import EMU_TINY
 from modeling_emu.training.recipes import PACKAGED_RECIPES, InstructArguments, PretrainArguments, parse_recipe
 from modeling_emu.training.run import instruct, pretrain
 from modeling_emu.training.samples import describe_prompt, has_decoder, load_decoder, read_prompt
@@ -72,7 +72,7 @@ def test_tensorboard_has_what_the_model_gives(tmp_path):
     folder = run_pretraining(tmp_path, "run")
     events = read_events(tmp_path / "run")
     model, processor = EmuForMultimodalGeneration.from_pretrained(folder), EmuProcessor.from_pretrained(folder)
-    parts = {name: getattr(load_decoder(str(EMU_TINY)), name) for name in ("unet", "vae", "scheduler")}
+    parts = {name: getattr(load_decoder(str(GOLDEN_EMU)), name) for name in ("unet", "vae", "scheduler")}
     pipeline = EmuPipeline(multimodal_encoder=model.eval(), processor=processor, **parts)
     image = tmp_path / "pairs" / "red.png"
     documents = [[{"type": "text", "text": "a red square"}]]
@@ -100,7 +100,7 @@ def test_tensorboard_has_what_the_model_gives(tmp_path):
 
 def test_a_run_with_samples_is_the_run_without(tmp_path):
     """Dropout and the order of samples draw random numbers after each evaluation."""
-    assert json.loads((EMU_TINY / "config.json").read_text())["causal_former_config"]["dropout"] > 0
+    assert json.loads((GOLDEN_EMU / "config.json").read_text())["causal_former_config"]["dropout"] > 0
     weights = {}
     for name, more in (("with", ()), ("without", ("sample_prompts=[]",))):
         weights[name] = load_file(run_pretraining(tmp_path, name, "max_steps=4", *more) / "model.safetensors")
@@ -175,9 +175,9 @@ def test_samples_without_a_tracker_that_shows_them_are_said_to_go_nowhere(tmp_pa
 
 
 def test_a_decoder_is_found_by_the_index_of_its_folder(tmp_path):
-    assert has_decoder(str(EMU_TINY))
+    assert has_decoder(str(GOLDEN_EMU))
     assert not has_decoder(str(tmp_path))
-    index = json.loads((EMU_TINY / "model_index.json").read_text())
+    index = json.loads((GOLDEN_EMU / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
     assert not has_decoder(str(tmp_path))
 
@@ -192,7 +192,7 @@ def test_other_trackers_get_texts_and_pictures(tmp_path, monkeypatch, tracker):
     pytest.importorskip(tracker)
     folder = run_pretraining(tmp_path, "run", f"report_to={tracker}", "max_steps=2")
     model, processor = EmuForMultimodalGeneration.from_pretrained(folder), EmuProcessor.from_pretrained(folder)
-    parts = {name: getattr(load_decoder(str(EMU_TINY)), name) for name in ("unet", "vae", "scheduler")}
+    parts = {name: getattr(load_decoder(str(GOLDEN_EMU)), name) for name in ("unet", "vae", "scheduler")}
     pipeline = EmuPipeline(multimodal_encoder=model.eval(), processor=processor, **parts)
     picture = pipeline("a red square", generator=torch.Generator().manual_seed(SEED)).images[0]
     if tracker == "wandb":

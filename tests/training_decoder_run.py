@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from golden_emu import GOLDEN_EMU
 from PIL import Image
 
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
-from modeling_emu.cli.loading import EMU_TINY
 from modeling_emu.data import EmuMixture, EmuSampleEncoder, EmuSource
 from modeling_emu.training import decoder
 from modeling_emu.training.decoder import EmuDecoderTrainer
@@ -79,11 +79,11 @@ def write_pictures(folder: Path) -> str:
 
 def load_emu() -> Emu:
     """The small model that comes along."""
-    return EmuForMultimodalGeneration.from_pretrained(EMU_TINY), EmuProcessor.from_pretrained(EMU_TINY)
+    return EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU), EmuProcessor.from_pretrained(GOLDEN_EMU)
 
 
 def make_pipeline(emu: Emu, with_vae: bool = False) -> EmuPipeline:
-    vae = AutoencoderKL.from_pretrained(EMU_TINY / "vae") if with_vae else None
+    vae = AutoencoderKL.from_pretrained(GOLDEN_EMU / "vae") if with_vae else None
     unet = make_unet(in_channels=4, size=SIZE // 2) if with_vae else make_unet()
     return EmuPipeline(*emu, unet, vae, make_scheduler())
 

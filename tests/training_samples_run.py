@@ -7,22 +7,22 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from golden_emu import GOLDEN_EMU
 from training_run import make_arguments
 from transformers.distributed import DistributedConfig
 
 from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
-from modeling_emu.cli.loading import EMU_TINY
 from modeling_emu.data import EmuDataCollator, EmuMixture, EmuSampleEncoder, EmuSource
 from modeling_emu.training.samples import EmuSamplesCallback
 from modeling_emu.training.trainer import EmuTrainer
 
 
 def run(folder: Path, name: str, **kwargs) -> None:
-    processor = EmuProcessor.from_pretrained(EMU_TINY)
+    processor = EmuProcessor.from_pretrained(GOLDEN_EMU)
     source = EmuSource("image_text", str(folder / "pairs" / "metadata.jsonl"))
     encoder = EmuSampleEncoder(processor, max_length=64)
     trainer = EmuTrainer(
-        model=EmuForMultimodalGeneration.from_pretrained(EMU_TINY, **kwargs),
+        model=EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU, **kwargs),
         args=make_arguments(
             str(folder / name),
             batch_size=1,
@@ -37,7 +37,7 @@ def run(folder: Path, name: str, **kwargs) -> None:
         data_collator=EmuDataCollator(processor),
     )
     prompts = ["a red square", [{"type": "image", "image": str(folder / "pairs" / "red.png")}]]
-    trainer.add_callback(EmuSamplesCallback(trainer, processor, prompts, str(EMU_TINY)))
+    trainer.add_callback(EmuSamplesCallback(trainer, processor, prompts, str(GOLDEN_EMU)))
     trainer.train()
 
 
