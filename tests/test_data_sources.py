@@ -409,6 +409,7 @@ def test_broken_members_of_a_tar_are_named_and_left_out(tmp_path, caplog):
     for key in "bcdefg":
         assert f"{path}:{key} is left out" in log
     assert (state["num_rows"], state["num_broken"]) == (8, 6)
+    assert f"{path}:g is left out (6 of 7 so far)" in log
 
 
 def test_members_with_names_outside_never_touch_the_disk(tmp_path, caplog, monkeypatch):

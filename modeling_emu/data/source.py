@@ -173,7 +173,14 @@ class SourceStream:
             raise
         except Exception as error:  # a row from the web can be wrong in any way: a missing column, another type
             self.state["num_broken"] += is_new
-            logger.warning("source %s: broken row %s is left out: %s", self.source.name, key, describe_error(error))
+            logger.warning(
+                "source %s: broken row %s is left out (%d of %d so far): %s",
+                self.source.name,
+                key,
+                self.state["num_broken"],
+                self.state["num_rows"],
+                describe_error(error),
+            )
             self._check_broken(min_rows=NUM_ROWS_TO_JUDGE)
             return []
 
