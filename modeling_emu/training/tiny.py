@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import chdir
 from pathlib import Path
 
@@ -164,7 +164,14 @@ def save_whole(pipeline: EmuPipeline, folder: Path) -> None:
             (output / file.name).unlink()
 
 
-def run_stage(recipe: str, run: Callable[..., Path], classes: tuple[type, type], seed: int, scale: float) -> None:
+def run_stage(
+    recipe: str,
+    run: Callable[..., Path],
+    classes: tuple[type, type],
+    seed: int,
+    scale: float,
+    settings: Sequence[str] = (),
+) -> None:
     """Run a packaged recipe, unless that is done; a run that was stopped goes on from its last complete checkpoint.
 
     Args:
@@ -173,13 +180,14 @@ def run_stage(recipe: str, run: Callable[..., Path], classes: tuple[type, type],
         classes: what it is read into.
         seed: replaces the recipe's.
         scale: of the recipe's steps, how many are run.
+        settings: `key=value`, which replace the recipe's.
     """
-    values = read_recipe(recipe)
+    values = read_recipe(recipe, settings)
     output_dir = Path(values["output_dir"])
     mark = output_dir / DONE_MARK
     if mark.exists():
         return
-    settings = [f"seed={seed}", f"max_steps={math.ceil(values['max_steps'] * scale)}"]
+    settings = [*settings, f"seed={seed}", f"max_steps={math.ceil(values['max_steps'] * scale)}"]
     if get_last_complete_checkpoint(output_dir) is not None:
         settings.append("resume_from_checkpoint=true")
     if (output_dir / FINAL_FOLDER).exists():  # of a run that was stopped while it was written

@@ -1,0 +1,80 @@
+"""The arms: what differs between the networks that are compared, as settings of the small model's own recipes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_emu.training.run import pretrain
+from modeling_emu.training.tiny import NUM_IMAGE_TOKENS
+
+from .moving_targets import pretrain_with_moving_targets
+
+
+WHOLE, HALF = "whole", "half"
+# Beginnings that arms share: an untrained network, its vision stage, its decoder's first stage; with N of the network.
+BEGINNINGS = {WHOLE: NUM_IMAGE_TOKENS, HALF: NUM_IMAGE_TOKENS // 2}
+
+# The same pairs: in either order, and always as image, then caption.
+PAIRS = 'sources=[{kind: image_text, name: pair, files: "data/caption/*.tar"}]'
+PAGES = 'sources=[{kind: obelics, name: page, files: "data/caption_page/*.parquet"}]'
+TEXT_LOSS = ("objective.text_loss_weight=1", "objective.regression_loss_weight=0")
+REGRESSION_LOSS = ("objective.text_loss_weight=0", "objective.regression_loss_weight=1")
+BOTH_LOSSES = ("objective.text_loss_weight=1", "objective.regression_loss_weight=1")
+TRAIN_ALL = "freeze=[]"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the networks to compare.
+
+    Args:
+        name: in files and tables.
+        what: what it is, in a line.
+        settings: of the recipe tiny-pretrain; none for a network that is no Emu.
+        writes: whether it is asked for captions.
+        draws: whether it gets a visual decoder, and is asked for pictures.
+        beginning: one of `BEGINNINGS`.
+        run: what runs the recipe.
+        moves_encoder: whether its image embeddings become others, so that the decoder's first stage is its own.
+    """
+
+    name: str
+    what: str
+    settings: tuple[str, ...] = ()
+    writes: bool = True
+    draws: bool = True
+    beginning: str = WHOLE
+    run: Callable[..., Path] = pretrain
+    moves_encoder: bool = False
+
+
+DIFFUSION = "diffusion"
+FIRST_ARMS = (
+    Arm("both", "text and regression loss", (PAIRS, *BOTH_LOSSES)),
+    Arm("text", "text loss alone", (PAIRS, *TEXT_LOSS), draws=False),
+    Arm("regression", "regression loss alone", (PAIRS, *REGRESSION_LOSS)),
+    Arm("captioner", "specialist: image, then caption, always; text loss alone", (PAGES, *TEXT_LOSS), draws=False),
+    Arm(DIFFUSION, "specialist: text encoder and U-Net, trained together, no Emu", writes=False),
+)
+LATER_ARMS = (
+    Arm(
+        "cosine",
+        "both losses, the regression's is the cosine",
+        (PAIRS, *BOTH_LOSSES, "objective.regression_loss=cosine"),
+    ),
+    Arm(
+        "encoder-trained",
+        "both losses, the encoder learns too: what the next arm differs from",
+        (PAIRS, *BOTH_LOSSES, TRAIN_ALL),
+        moves_encoder=True,
+    ),
+    Arm(
+        "not-detached",
+        "both losses, the encoder learns too, also from being the regression's target",
+        (PAIRS, *BOTH_LOSSES, TRAIN_ALL),
+        run=pretrain_with_moving_targets,
+        moves_encoder=True,
+    ),
+    Arm("n-halved", f"both losses, {BEGINNINGS[HALF]} image tokens", (PAIRS, *BOTH_LOSSES), beginning=HALF),
+)
+ARMS = {arm.name: arm for arm in (*FIRST_ARMS, *LATER_ARMS)}

@@ -1,0 +1,246 @@
+"""Runs the experiment: per seed what all arms share, then arm after arm. What is done is not done again.
+
+A run's folder has one folder per seed, and in it:
+
+    data/, validation/              pairs and pages of the shapes' world
+    whole/ (half/)                  a beginning: untrained/, vision/, autoencoding/ (the decoder's first stage)
+    both/ (text/, ...)              an arm: language/, decoder/, result.json
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from filelock import FileLock, Timeout
+
+from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
+from modeling_emu.cli.loading import load_pipeline
+from modeling_emu.hub.outputs import whole_file
+from modeling_emu.shapes.shards import write_shards
+from modeling_emu.training.recipes import parse_as, read_recipe
+from modeling_emu.training.run import FINAL_FOLDER
+from modeling_emu.training.tiny import NUM_IMAGE_TOKENS, STAGES, check_run, make_untrained, run_stage, save_whole
+
+from .arms import ARMS, BEGINNINGS, DIFFUSION, Arm
+from .measuring import DRAWING, WRITING, measure_abilities, measure_losses
+from .text_to_image import TextToImagePipeline, train_text_to_image
+
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
+PAGES_PER_SAMPLE = 5  # of the validation split, for each sample of the test
+VISION, LANGUAGE, AUTOENCODING, DECODER = "tiny-vision", "tiny-pretrain", "tiny-decoder-autoencoding", "tiny-decoder"
+STAGE_RUNS = {recipe: (run, classes) for recipe, run, classes in STAGES}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's results depend on, beside seed and arm.
+
+    Args:
+        scale: of the steps of the recipes, how many every arm takes.
+        vision_scale: the same of the vision stage, which all arms share.
+        num_pairs: for training.
+        num_samples: for each share of right answers.
+
+    Raises:
+        ValueError: if a number cannot be.
+    """
+
+    scale: float = 0.25
+    vision_scale: float = 0.5
+    num_pairs: int = 40_000
+    num_samples: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "vision_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0 and at most 1")
+        for name in ("num_pairs", "num_samples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 2")
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Work in a folder that no other process works in.
+
+    Raises:
+        ValueError: if one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.absolute() / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"folder: got {folder}, in which another process works, expected a free one") from error
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        lock.release()
+
+
+class SeedRun:
+    """One seed, in the folder that is worked in.
+
+    Args:
+        seed: of data, weights and training.
+        settings: of the whole run.
+        device: "cpu", or "cuda" for the recipes' own choice of an accelerator.
+    """
+
+    def __init__(self, seed: int, settings: Settings, device: str):
+        self.seed, self.settings, self.device = seed, settings, device
+
+    def run_arm(self, arm: Arm) -> None:
+        """Train and measure an arm, unless that is done."""
+        result = Path(arm.name, RESULT_FILE)
+        if result.exists():
+            return
+        logger.info("seed %d: %s", self.seed, arm.name)
+        self.write_data()
+        self.prepare_beginning(arm.beginning)
+        measured = self.run_diffusion(arm) if arm.name == DIFFUSION else self.run_emu(arm)
+        with whole_file(result) as path:
+            entry = {"arm": arm.name, "seed": self.seed, "settings": asdict(self.settings), **measured}
+            path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+
+    def write_data(self) -> None:
+        """The training pairs, in either order and as pages; pages of the validation split."""
+        if not Path("data").exists():
+            # A task depends on its kind and number: the pages are the same pairs.
+            counts = dict.fromkeys((WRITING, f"{WRITING}_page"), self.settings.num_pairs)
+            write_shards("data", counts, self.seed)
+        if not Path("validation").exists():
+            counts = dict.fromkeys(
+                (f"{WRITING}_page", f"{DRAWING}_page"), PAGES_PER_SAMPLE * self.settings.num_samples
+            )
+            write_shards("validation", counts, self.seed, "validation")
+
+    def prepare_beginning(self, name: str) -> None:
+        """The untrained network and its vision stage."""
+        untrained = Path(name, "untrained")
+        if not untrained.exists():
+            make_untrained_with(untrained, self.seed, BEGINNINGS[name])
+        self.run_stage(VISION, [f"model={untrained}", f"output_dir={name}/vision"], self.settings.vision_scale)
+
+    def run_stage(self, recipe: str, settings: Sequence[str], scale: float | None = None, run: Any = None) -> None:
+        """A recipe with these settings, unless it is done; `run` and `scale` replace what is usual."""
+        usual, classes = STAGE_RUNS[recipe]
+        settings = [*settings, f"use_cpu={str(self.device == 'cpu').lower()}"]
+        run_stage(recipe, run or usual, classes, self.seed, scale or self.settings.scale, settings)
+
+    def run_emu(self, arm: Arm) -> dict[str, Any]:
+        """Train an Emu and, if it draws, its visual decoder; gives what is measured."""
+        language, begin = f"{arm.name}/language", f"{arm.beginning}/vision/{FINAL_FOLDER}"
+        self.run_stage(LANGUAGE, [f"model={begin}", f"output_dir={language}", *arm.settings], run=arm.run)
+        model_folder, decoder = Path(language, FINAL_FOLDER), Path(arm.beginning, "untrained")
+        if arm.draws:
+            decoder = self.train_decoder(arm, model_folder)
+        pipeline = EmuPipeline(
+            EmuForMultimodalGeneration.from_pretrained(model_folder),
+            EmuProcessor.from_pretrained(model_folder),
+            UNet2DConditionModel.from_pretrained(decoder / "unet"),
+            None,
+            DDIMScheduler.from_pretrained(decoder / "scheduler"),
+        ).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        kinds = [WRITING, DRAWING] if arm.draws else [WRITING]
+        figures = measure_abilities(pipeline, kinds, self.settings.num_samples, self.seed)
+        losses = measure_losses(pipeline.multimodal_encoder, pipeline.processor, "validation", regresses=arm.draws)
+        return {"figures": figures, "losses": losses}
+
+    def train_decoder(self, arm: Arm, model: Path) -> Path:
+        """Both stages of an arm's visual decoder; the first is shared where the arm's encoder is. Gives the folder."""
+        owner, encoder = arm.beginning, Path(arm.beginning, "vision", FINAL_FOLDER)
+        if arm.moves_encoder:
+            owner, encoder = arm.name, model
+        first, second = Path(owner, "autoencoding"), Path(arm.name, "decoder")
+        stages = (
+            (AUTOENCODING, first, encoder, Path(arm.beginning, "untrained")),
+            (DECODER, second, model, first / FINAL_FOLDER),
+        )
+        for recipe, output_dir, model_folder, decoder in stages:
+            precomputed = output_dir / "precomputed"
+            self.run_stage(
+                recipe,
+                [
+                    f"model={model_folder}",
+                    f"decoder={decoder}",
+                    f"output_dir={output_dir}",
+                    f"precomputed={precomputed}",
+                ],
+            )
+            shutil.rmtree(precomputed, ignore_errors=True)  # hundreds of megabytes, and done with
+        return second / FINAL_FOLDER
+
+    def run_diffusion(self, arm: Arm) -> dict[str, Any]:
+        """Train the specialist for pictures with as many steps as both decoder's stages; gives what is measured."""
+        stages = []
+        for recipe in (AUTOENCODING, DECODER):
+            max_steps = math.ceil(read_recipe(recipe)["max_steps"] * self.settings.scale)
+            settings = [f"seed={self.seed}", f"max_steps={max_steps}"]
+            stages.append(parse_as(recipe, settings, *STAGE_RUNS[recipe][1])[1])
+        folder, untrained = Path(arm.name), Path(arm.beginning, "untrained")
+        train_text_to_image(untrained, "data/caption/*.tar", stages, folder, self.device)
+        pipeline = TextToImagePipeline(folder / FINAL_FOLDER, self.device)
+        return {
+            "figures": measure_abilities(pipeline, [DRAWING], self.settings.num_samples, self.seed),
+            "losses": {},
+        }
+
+
+def make_untrained_with(folder: Path, seed: int, num_image_tokens: int) -> None:
+    """The small model's untrained repository, with this number of image tokens."""
+    if num_image_tokens == NUM_IMAGE_TOKENS:
+        make_untrained(folder, seed)
+        return
+    with TemporaryDirectory() as temporary:
+        source = Path(temporary, "untrained")
+        make_untrained(source, seed)
+        pipeline = load_pipeline(source)
+    config, processor = pipeline.multimodal_encoder.config, pipeline.processor
+    config.causal_former_config.num_image_tokens = processor.num_image_tokens = num_image_tokens
+    torch.manual_seed(seed)
+    model = EmuForMultimodalGeneration(config)
+    save_whole(EmuPipeline(model, processor, pipeline.unet, None, pipeline.scheduler), folder)
+
+
+def run_experiment(
+    output: Path, seeds: Sequence[int], names: Sequence[str], settings: Settings, device: str = "cpu"
+) -> None:
+    """Run arms for seeds, seed by seed, each from where it was stopped.
+
+    Args:
+        output: the run's folder. Several processes may work in it, each at seeds of its own.
+        names: of the arms.
+
+    Raises:
+        ValueError: for an unknown arm, a seed that another process works at, or a folder with other settings.
+    """
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ValueError(f"arms: got {unknown}, expected some of {list(ARMS)}")
+    for seed in seeds:
+        with working_in(output / f"seed-{seed}"):
+            check_run(asdict(settings))
+            run = SeedRun(seed, settings, device)
+            for name in names:
+                run.run_arm(ARMS[name])
+
+
+def read_results(output: Path) -> list[dict[str, Any]]:
+    """What has been measured so far, in the order of arms and seeds."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob(f"seed-*/*/{RESULT_FILE}")]
+    order = list(ARMS)
+    return sorted(results, key=lambda result: (order.index(result["arm"]), result["seed"]))
