@@ -252,13 +252,20 @@ def test_plain_training_arguments_work(tmp_path):
     assert trainer.state.log_history[0]["num_text_targets"] > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path):
-    samples = make_samples()
-    samples[2]["pixels"][0, 0, 0, 0] = float("nan")
-    model = make_model()
+@pytest.mark.parametrize(("value", "bad_keys"), [("nan", "shard-0:2"), ("inf", "shard-0:2, shard-0:3")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(tmp_path, value, bad_keys):
+    samples, model = make_samples(), make_model()
+    if value == "nan":
+        samples[2]["pixels"][0, 0, 0, 0] = float("nan")
+    else:  # regressed embeddings whose squares are too large for float32
+        model.regression_head.weight.data *= 1e25
+    batch = TinyCollator()(samples[2:3])
+    del batch["keys"]
+    assert str(model(**batch).loss.item()) == value
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = make_trainer(tmp_path, model, samples, batch_size=1, accumulation=4)
-    with pytest.raises(FloatingPointError, match=r"loss of step 1: got NaN or infinity.*micro-batches: shard-0:2$"):
+    message = f"loss of step 1: got NaN or infinity.*micro-batches: {bad_keys}$"
+    with pytest.raises(FloatingPointError, match=message):
         trainer.train()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
