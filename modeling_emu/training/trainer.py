@@ -61,9 +61,6 @@ class SplitDataset(Protocol):
     def split(self, rank: int, world_size: int) -> None:
         """Read this rank's part only."""
 
-    def count_rows(self) -> dict[str, dict[str, int]]:
-        """Per source the rows read so far and the broken ones among them."""
-
 
 class EvaluationShare(IterableDataset):
     """One rank's batches of a stream that ends; the ranks take them in turn.
