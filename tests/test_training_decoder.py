@@ -416,6 +416,17 @@ def test_a_loss_that_is_not_finite_names_its_samples(tmp_path, shards):
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.parameters, strict=True))
 
 
+def test_every_loss_is_in_the_logs(tmp_path, shards):
+    """Those of the steps after the last full `logging_steps`, too."""
+    each = make_trainer(shards, tmp_path / "each", max_steps=3)
+    each.train()
+    pairs = make_trainer(shards, tmp_path / "pairs", max_steps=3, logging_steps=2)
+    pairs.train()
+    losses = [logs["loss"] for logs in each.log_history]
+    assert [logs["step"] for logs in pairs.log_history] == [2, 3]
+    assert [logs["loss"] for logs in pairs.log_history] == pytest.approx([(losses[0] + losses[1]) / 2, losses[2]])
+
+
 def test_published_learning_rate():
     arguments, args = parse("decoder")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)

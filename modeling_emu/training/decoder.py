@@ -279,7 +279,7 @@ class EmuDecoderTrainer:
                 losses.append(self._take_step(batches))
                 step = self.progress.step
                 bar.update()
-                if step % args.logging_steps == 0:
+                if step % args.logging_steps == 0 or step == args.max_steps:
                     self._log(losses, bar)
                     losses = []
                 if self.grid is not None and (step % args.validation_steps == 0 or step == args.max_steps):
