@@ -18,9 +18,9 @@ NOTHING = "–"  # noqa: RUF001
 
 # Pixels of the plot, which is drawn larger and made smaller, for smooth edges.
 OVERSAMPLING = 2
-MARGIN, LABEL_WIDTH, PANEL_WIDTH, PANEL_GAP, HEADER_HEIGHT, ROW_HEIGHT, FOOTER_HEIGHT = 24, 150, 210, 34, 56, 34, 34
+MARGIN, LABEL_WIDTH, PANEL_WIDTH, PANEL_GAP, HEADER_HEIGHT, ROW_HEIGHT, FOOTER_HEIGHT = 24, 150, 210, 34, 34, 34, 54
 FONT_SIZE, TITLE_SIZE = 14, 15
-INK, PALE_INK, GRID, MARK = "#1f2328", "#6e7781", "#d8dee4", "#0550ae"
+INK, PALE_INK, GRID, MARK, DOT = "#1f2328", "#6e7781", "#d8dee4", "#0a3069", "#218bff"
 DOT_RADIUS, MEAN_HEIGHT = 4, 16
 
 
@@ -69,8 +69,8 @@ def make_table(results: Sequence[dict[str, Any]]) -> str:
         cells = [measured[name].describe(".1%") if name in measured else NOTHING for name in ABILITY_NAMES]
         cells += [measured[name].describe(".4f") if name in measured else NOTHING for name in LOSS_NAMES]
         num_seeds = sum(result["arm"] == arm for result in results)
-        rows.append([f"{arm}: {ARMS[arm].what}", str(num_seeds), *cells])
-    lines = make_rows(["arm", "seeds", *ABILITY_NAMES, *LOSS_NAMES], rows)
+        rows.append([arm, str(num_seeds), *cells, ARMS[arm].what])
+    lines = make_rows(["arm", "seeds", *ABILITY_NAMES, *LOSS_NAMES, "what it is"], rows)
     settings = ", ".join(f"{name} {value}" for name, value in results[0]["settings"].items())
     return "\n".join([f"Mean over seeds (least to greatest); {settings}.", "", *lines]) + "\n"
 
@@ -113,9 +113,9 @@ def draw_plot(results: Sequence[dict[str, Any]]) -> Image.Image:
             places = [left + PANEL_WIDTH * value for value in spread.values]
             mean = left + PANEL_WIDTH * spread.mean
             canvas.line((min(places), y), (max(places), y), MARK, 2)
-            canvas.line((mean, y - MEAN_HEIGHT / 2), (mean, y + MEAN_HEIGHT / 2), MARK, 3)
             for x in places:
-                canvas.dot(x, y, DOT_RADIUS, MARK)
+                canvas.dot(x, y, DOT_RADIUS, DOT)
+            canvas.line((mean, y - MEAN_HEIGHT / 2), (mean, y + MEAN_HEIGHT / 2), MARK, 2)
     canvas.write(
         MARGIN, height - MARGIN, "Right answers in %. A dot is a seed, the upright bar their mean.", PALE_INK, "lb"
     )
