@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from golden_emu import GOLDEN_EMU
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, TrainingArguments
 
 from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
 from modeling_emu.training.recipes import (
@@ -65,13 +65,13 @@ def make_recipe(tmp_path, text: str):
 @pytest.mark.parametrize("path", LANGUAGE_RECIPES, ids=lambda path: path.stem)
 def test_packaged_recipes_are_complete_and_known(path):
     arguments_class = InstructArguments if "emu-i" in path.stem or "instruct" in path.stem else PretrainArguments
-    arguments, training = parse_recipe(path.stem, ["use_cpu=true"], arguments_class)
+    arguments, training = parse_recipe(path.stem, ["use_cpu=true", "fsdp=false"], arguments_class)
     assert arguments.sources
     assert training.max_steps > 0
 
 
 def test_published_values_of_pretraining():
-    _, training = parse_recipe("emu-pretrain", ["use_cpu=true"], PretrainArguments)
+    _, training = parse_recipe("emu-pretrain", ["use_cpu=true", "fsdp=false"], PretrainArguments)
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.98, 1e-6)
     assert (training.weight_decay, training.lr_scheduler_type, training.max_steps) == (0.05, "cosine", 10000)
     rates = {part: training.get_part_learning_rate(part) for part in ("vision", "causal_former", "language_model")}
@@ -81,7 +81,8 @@ def test_published_values_of_pretraining():
 
 def test_fsdp_of_the_published_pretraining_finds_its_layers():
     """Parsed and instantiated; not run."""
-    _, training = parse_recipe("emu-pretrain", ["use_cpu=true"], PretrainArguments)
+    recipe = read_recipe("emu-pretrain")
+    training = TrainingArguments("out", fsdp=recipe["fsdp"], fsdp_config=recipe["fsdp_config"], use_cpu=True)
     plugin = FullyShardedDataParallelPlugin(**training.fsdp_plugin_args)
     plugin.set_auto_wrap_policy(EmuForMultimodalGeneration.from_pretrained(GOLDEN_EMU))
     assert plugin.fsdp_version == 2
@@ -134,6 +135,7 @@ def test_a_wrong_recipe_is_refused(tmp_path, text, message):
     ("setting", "message"),
     [
         ("packing=no", "packing: got 'no', expected true or false"),
+        ("fsdp=true", "fsdp: got True with use_cpu, expected false"),
         ("bf16=off", "bf16: got 'off', expected true or false"),
         ("tf32=no", "tf32: got 'no', expected true or false or null"),
         ("max_steps=ten", "max_steps: got 'ten', expected a whole number"),

@@ -16,7 +16,7 @@ class EmuTrainingArguments(TrainingArguments):
     the run instead of being left out of the logs; and TensorBoard is the tracker.
 
     Raises:
-        ValueError: if `freeze` names something that is no part.
+        ValueError: if `freeze` names something that is no part, or `fsdp` is asked for on CPUs.
     """
 
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Peak rate of the vision tower."})
@@ -38,6 +38,10 @@ class EmuTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_parts(self.freeze, "freeze")
+        if self.fsdp and self.use_cpu:
+            raise ValueError(
+                f"fsdp: got {self.fsdp!r} with use_cpu, expected false: accelerate shards nothing on CPUs, without a word"
+            )
         super().__post_init__()
 
     def get_part_learning_rate(self, part: str) -> float:

@@ -33,6 +33,7 @@ LAYOUTS = {
 }
 PRECOMPUTING = "1, precomputing"  # beside the layouts: the visual decoder's embeddings and latents
 ON_CPU = "use_cpu=true"  # of a plan, whatever this machine has
+UNSHARDED = "fsdp=false"  # likewise: a layout says what is sharded
 
 
 def find_kind(recipe: dict[str, Any]) -> str:
@@ -94,7 +95,7 @@ def plan_training(
         decoder = read_decoder(decoder_arguments.model, decoder_arguments.decoder)
         return plan_decoder(config, decoder, decoder_arguments, decoder_training)
     arguments_class = InstructArguments if kind == "instruct" else PretrainArguments
-    arguments, training = parse_recipe(recipe, [*settings, ON_CPU], arguments_class)
+    arguments, training = parse_recipe(recipe, [*settings, ON_CPU, UNSHARDED], arguments_class)
     check_optimizer(training)
     model = build_empty_model(read_config(arguments.model), arguments, training)
     is_quantized = isinstance(arguments, InstructArguments) and arguments.quantization is not None
