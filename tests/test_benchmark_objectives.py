@@ -12,12 +12,14 @@ from benchmarks.objectives.arms import ARMS, BEGINNINGS, DIFFUSION, FIRST_ARMS, 
 from benchmarks.objectives.measuring import ABILITY_NAMES, LOSS_NAMES
 from benchmarks.objectives.moving_targets import compute_losses_with_moving_targets
 from benchmarks.objectives.report import NOTHING, draw_plot, make_table, summarise
-from benchmarks.objectives.runner import Settings, read_results, run_experiment, working_in
+from benchmarks.objectives.runner import Settings, make_untrained_with, read_results, run_experiment, working_in
 from benchmarks.objectives.text_to_image import TEXT_LENGTH, Pairs, TextToImage, TextToImageTrainer, encode_texts
 from diffusers import DDIMScheduler
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from modeling_emu import EmuForMultimodalGeneration
+from modeling_emu.cli.loading import load_pipeline
 from modeling_emu.training.decoder_arguments import DecoderTrainingArguments
 from modeling_emu.training.recipes import parse_as
 
@@ -119,6 +121,19 @@ def test_every_arm_is_a_recipe_with_the_losses_it_names(arm):
     assert (training.freeze == []) == arm.moves_encoder
     [source] = arguments.sources
     assert source["kind"] == ("obelics" if arm.name == "captioner" else "image_text")
+
+
+def test_half_the_image_tokens_are_half_everywhere(tmp_path):
+    """In the network, in what it reads, and in what it draws from."""
+    make_untrained_with(tmp_path / "untrained", 0, BEGINNINGS[HALF])
+    pipeline = load_pipeline(tmp_path / "untrained")
+    assert pipeline.processor.num_image_tokens == pipeline.multimodal_encoder.config.num_image_tokens == 2
+    embeds = pipeline.regress_embeds([[{"type": "text", "text": "a circle."}]])
+    assert embeds.shape == (1, 2, 192)
+    image = Image.new("RGB", (32, 32))
+    inputs = pipeline.processor(documents=[[{"type": "image", "image": image}]], return_tensors="pt")
+    [embeds] = pipeline.multimodal_encoder.get_image_features(inputs["pixel_values"]).pooler_output
+    assert embeds.shape == (2, 192)
 
 
 def test_targets_that_are_not_detached_have_the_same_loss_and_get_gradients(run):

@@ -19,6 +19,8 @@ from objectives.arms import ARMS, FIRST_ARMS
 from objectives.report import draw_plot, make_table
 from objectives.runner import Settings, read_results, run_experiment
 
+from modeling_emu.cli.loading import pick_device
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -27,7 +29,7 @@ def main() -> None:
     run.add_argument("output", type=Path)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--arms", nargs="+", choices=ARMS, default=[arm.name for arm in FIRST_ARMS])
-    run.add_argument("--device", default="cpu", help="cpu or cuda; the default is %(default)s")
+    run.add_argument("--device", default="cpu", help="cpu, cuda or auto; the default is %(default)s")
     for field in fields(Settings):
         name = f"--{field.name.replace('_', '-')}"
         run.add_argument(name, type=field.type, default=field.default, help="the default is %(default)s")
@@ -38,7 +40,7 @@ def main() -> None:
     if arguments.command == "run":
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
-        run_experiment(arguments.output, arguments.seeds, arguments.arms, settings, arguments.device)
+        run_experiment(arguments.output, arguments.seeds, arguments.arms, settings, str(pick_device(arguments.device)))
         return
     results = read_results(arguments.output)
     table, plot = make_table(results), draw_plot(results)

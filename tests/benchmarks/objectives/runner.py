@@ -97,7 +97,7 @@ class SeedRun:
     Args:
         seed: of data, weights and training.
         settings: of the whole run.
-        device: "cpu", or "cuda" for the recipes' own choice of an accelerator.
+        device: as torch names it.
     """
 
     def __init__(self, seed: int, settings: Settings, device: str):
