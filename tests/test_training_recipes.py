@@ -132,6 +132,32 @@ def test_a_wrong_recipe_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("weight", "abc", "a positive number"),
+        ("weight", "0", "a positive number"),
+        ("weight", "true", "a positive number"),
+        ("weight", ".inf", "a positive number"),
+        ("batch_size", "2.5", "a positive whole number"),
+        ("batch_size", "0", "a positive whole number"),
+        ("max_broken_fraction", "few", "a number from 0 to 1"),
+        ("max_broken_fraction", "1.5", "a number from 0 to 1"),
+        ("files", "3", "a text or a list of texts"),
+        ("files", "[]", "a text or a list of texts"),
+        ("files", "[a, 3]", "a text or a list of texts"),
+        ("kind", "[mmc4]", "a text"),
+        ("media", "[a]", "a text or null"),
+        ("name", "3", "a text or null"),
+    ],
+)
+@pytest.mark.parametrize("sources", ["sources", "eval_sources"])
+def test_a_value_of_a_source_that_cannot_be_is_refused_by_key(sources, key, value, expected):
+    fields = ", ".join(f"{name}: {text}" for name, text in {"kind": "mmc4", "files": "x", key: value}.items())
+    with pytest.raises(ValueError, match=f"^{key} of the source: got .*, expected {expected}$"):
+        parse_recipe("pretrain-cpu", [f"{sources}=[{{{fields}}}]"], PretrainArguments)
+
+
+@pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("packing=no", "packing: got 'no', expected true or false"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .recipes import SOURCE_KEYS, check_keys
+from .recipes import SOURCE_VALUES, check_source
 
 
 CONDITIONS = ("regressed", "encoder")
@@ -56,11 +56,9 @@ class DecoderArguments:
             raise ValueError(f"precompute_batch_size: got {self.precompute_batch_size}, expected at least 1")
         if not self.sources:
             raise ValueError("sources: got none, expected at least one")
-        known = tuple(key for key in SOURCE_KEYS if key != "batch_size")
+        known = tuple(key for key in SOURCE_VALUES if key != "batch_size")
         for source in self.sources:
-            check_keys(source, known, "source")
-            if missing := [key for key in ("kind", "files") if key not in source]:
-                raise ValueError(f"source: got none of {missing}, expected both kind and files")
+            check_source(source, known)
             if source["kind"] not in IMAGE_KINDS:
                 raise ValueError(f"kind of a decoder's source: got {source['kind']!r}, expected one of {IMAGE_KINDS}")
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,7 +19,6 @@ from .arguments import EmuTrainingArguments
 
 
 PACKAGED_RECIPES = Path(__file__).with_name("recipes")
-SOURCE_KEYS = ("kind", "files", "media", "name", "max_broken_fraction", "weight", "batch_size")
 OBJECTIVE_KEYS = (
     "text_loss_weight",
     "regression_loss_weight",
@@ -34,6 +34,31 @@ KINDS_OF_VALUES = {
     list: "a list",
     dict: "keys with values",
     NoneType: "null",
+}
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that is not empty."""
+    return isinstance(value, str) and value != ""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and not a truth value."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# By the key of a source: what tells whether a value can be, and how a message calls it.
+SOURCE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (is_text, "a text"),
+    "files": (
+        lambda value: is_text(value) or (isinstance(value, list) and value != [] and all(map(is_text, value))),
+        "a text or a list of texts",
+    ),
+    "media": (lambda value: value is None or is_text(value), "a text or null"),
+    "name": (lambda value: value is None or is_text(value), "a text or null"),
+    "max_broken_fraction": (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "weight": (lambda value: is_number(value) and value > 0, "a positive number"),
+    "batch_size": (lambda value: type(value) is int and value > 0, "a positive whole number"),
 }
 
 Arguments = TypeVar("Arguments")
@@ -80,9 +105,7 @@ class DataArguments:
         except StrictDataclassError as error:
             raise ValueError(f"objective: {error}") from error
         for source in (*self.sources, *self.eval_sources):
-            check_keys(source, SOURCE_KEYS, "source")
-            if missing := [key for key in ("kind", "files") if key not in source]:
-                raise ValueError(f"source: got none of {missing}, expected both kind and files")
+            check_source(source, tuple(SOURCE_VALUES))
         sized = ["batch_size" in source for source in self.sources]
         if any(sized) != all(sized):
             raise ValueError("batch_size of the sources: got it for some, expected it for all or none")
@@ -142,6 +165,24 @@ def check_keys(got: Iterable[str], expected: Sequence[str], what: str) -> None:
         if key not in expected:
             nearest = difflib.get_close_matches(str(key), expected, n=1, cutoff=0)
             raise ValueError(f"key of the {what}: got {key!r}, expected a known one; the nearest is {nearest[0]!r}")
+
+
+def check_source(source: dict[str, Any], expected: Sequence[str]) -> None:
+    """Refuse a source that cannot be, before anything is read.
+
+    Args:
+        expected: keys that it may have.
+
+    Raises:
+        ValueError: for an unknown key, a missing one, or a value that cannot be.
+    """
+    check_keys(source, expected, "source")
+    if missing := [key for key in ("kind", "files") if key not in source]:
+        raise ValueError(f"source: got none of {missing}, expected both kind and files")
+    for key, value in source.items():
+        can_be, description = SOURCE_VALUES[key]
+        if not can_be(value):
+            raise ValueError(f"{key} of the source: got {value!r}, expected {description}")
 
 
 def check_values(recipe: dict[str, Any], types: dict[str, Any]) -> None:
