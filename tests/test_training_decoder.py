@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -40,13 +41,15 @@ from modeling_emu.data import EmuMixture, EmuSource, Sample
 from modeling_emu.training.decoder import EmuDecoderTrainer, draw_samples, make_schedule
 from modeling_emu.training.decoder_arguments import DecoderArguments, DecoderTrainingArguments
 from modeling_emu.training.decoder_cache import (
+    END_BYTES,
     PrecomputedDecoderData,
     ShardWriter,
     check_fingerprint,
+    hash_files,
     write_index,
 )
 from modeling_emu.training.decoder_data import DecoderEncoder, LiveDecoderData
-from modeling_emu.training.decoder_run import load_scheduler, train_decoder
+from modeling_emu.training.decoder_run import DecoderRun, load_scheduler, train_decoder
 from modeling_emu.training.recipes import PACKAGED_RECIPES, parse_as
 from modeling_emu.training.samples import has_decoder, load_decoder
 
@@ -358,6 +361,38 @@ def test_shards_of_something_else_are_refused_by_name(tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="which holds other things"):
         check_fingerprint(tmp_path / "other", made)
+
+
+def test_shards_of_changed_sources_are_refused(tmp_path):
+    pictures = write_pictures(tmp_path / "pairs")
+    make = partial(DecoderRun, *parse("decoder-cpu", *make_settings(tmp_path, pictures)))
+    folder = tmp_path / "fingerprint"
+    check_fingerprint(folder, make().make_fingerprint(False))
+    file = Path(pictures)
+    text = file.read_text()
+    file.write_text(text)  # the same again, at another time
+    check_fingerprint(folder, make().make_fingerprint(False))
+    for changed in (text + "\n", text.replace("a", "b", 1), text[::-1]):
+        file.write_text(changed)
+        with pytest.raises(ValueError, match=r"got shards of another contents \("):
+            check_fingerprint(folder, make().make_fingerprint(False))
+    file.unlink()
+    check_fingerprint(folder, make().make_fingerprint(True))  # complete shards need no sources
+    with pytest.raises(ValueError, match="which matches nothing"):
+        make().make_fingerprint(False)
+
+
+def test_both_ends_of_a_file_are_hashed(tmp_path):
+    content = bytearray(3 * END_BYTES)
+    (tmp_path / "whole.tar").write_bytes(content)
+    whole = hash_files([str(tmp_path / "whole.tar")])
+    for place in (0, END_BYTES - 1, len(content) - END_BYTES, len(content) - 1):
+        changed = content.copy()
+        changed[place] = 1
+        (tmp_path / "whole.tar").write_bytes(changed)
+        assert hash_files([str(tmp_path / "whole.tar")]) != whole
+    remote = [f"https://example.org/{name}.tar" for name in "ab"]
+    assert hash_files(remote[:1]) == hash_files(remote[:1]) != hash_files(remote[1:])
 
 
 # -- one step ------------------------------------------------------------------------------------------------------

@@ -38,7 +38,11 @@ class DecoderArguments:
     )
     precomputed: str | None = field(
         default=None,
-        metadata={"help": "Folder of embeddings and latents, computed once; None computes them anew in each step."},
+        metadata={
+            "help": "Folder of embeddings and latents, computed once; None computes them anew in each step. It is refused "
+            "when files of the sources have changed, by their names, sizes and first and last 64 KiB; of remote files by "
+            "their addresses alone, and the pictures that rows name are not looked at."
+        },
     )
     precompute_batch_size: int = field(default=16, metadata={"help": "Documents per pass of the frozen models."})
     validation_prompts: list[Any] = field(

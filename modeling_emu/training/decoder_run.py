@@ -20,6 +20,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..configuration_emu import EmuConfig
 from ..data import EmuMixture, EmuSampleEncoder, EmuSource
+from ..data.files import find_shards
 from ..documents_emu import prepare_part
 from ..modeling_emu import EmuForMultimodalGeneration
 from ..pipeline_emu import EmuPipeline
@@ -31,6 +32,7 @@ from .decoder_cache import (
     PrecomputedDecoderData,
     ShardWriter,
     check_fingerprint,
+    hash_files,
     hash_weights,
     is_complete_cache,
     write_index,
@@ -132,10 +134,14 @@ class DecoderRun:
         measure = EmuSampleEncoder(encoder.pipeline.processor) if self.arguments.condition == "regressed" else None
         return DecoderStream(mixture, *encoder.pipeline.default_size, measure)
 
-    def make_fingerprint(self) -> dict[str, Any]:
-        """What shards depend on; the order of their samples and the sources' weights do not count."""
+    def make_fingerprint(self, is_complete: bool) -> dict[str, Any]:
+        """What shards depend on; the order of their samples and the sources' weights do not count.
+
+        Args:
+            is_complete: the shards need their sources no more, and these may be gone.
+        """
         vae = self.decoder / "vae"
-        return {
+        fingerprint = {
             "emu": hash_weights(self.model),
             "tokenizer": hashlib.sha256((self.model / "tokenizer.json").read_bytes()).hexdigest(),
             "vae": hash_weights(vae) if vae.is_dir() else None,
@@ -146,6 +152,12 @@ class DecoderRun:
                 {key: value for key, value in source.items() if key != "weight"} for source in self.arguments.sources
             ],
         }
+        try:
+            fingerprint["contents"] = [hash_files(find_shards(source["files"])) for source in self.arguments.sources]
+        except ValueError:
+            if not is_complete:
+                raise
+        return fingerprint
 
     def precompute(self, folder: Path) -> None:
         """Compute the shards that are missing, in all processes, and the conditions of the prompts to draw."""
@@ -154,7 +166,7 @@ class DecoderRun:
         if not is_done:
             self.check_memory(is_precomputing=True)
         if self.state.is_main_process:
-            check_fingerprint(folder, self.make_fingerprint())
+            check_fingerprint(folder, self.make_fingerprint(is_complete))
         self.state.wait_for_everyone()
         if is_done:
             return
