@@ -31,8 +31,7 @@ class Arm:
         name: in files and tables.
         what: what it is, in a line.
         settings: of the recipe tiny-pretrain; none for a network that is no Emu.
-        writes: whether it is asked for captions.
-        draws: whether it gets a visual decoder, and is asked for pictures.
+        draws: whether it is asked for pictures, for which an Emu gets a visual decoder.
         beginning: one of `BEGINNINGS`.
         run: what runs the recipe.
         moves_encoder: whether its image embeddings become others, so that the decoder's first stage is its own.
@@ -41,7 +40,6 @@ class Arm:
     name: str
     what: str
     settings: tuple[str, ...] = ()
-    writes: bool = True
     draws: bool = True
     beginning: str = WHOLE
     run: Callable[..., Path] = pretrain
@@ -54,7 +52,7 @@ FIRST_ARMS = (
     Arm("text", "text loss alone", (PAIRS, *TEXT_LOSS), draws=False),
     Arm("regression", "regression loss alone", (PAIRS, *REGRESSION_LOSS)),
     Arm("captioner", "specialist: image, then caption, always; text loss alone", (PAGES, *TEXT_LOSS), draws=False),
-    Arm(DIFFUSION, "specialist: text encoder and U-Net, trained together, no Emu", writes=False),
+    Arm(DIFFUSION, "specialist: text encoder and U-Net, trained together, no Emu"),
 )
 LATER_ARMS = (
     Arm(
