@@ -1,12 +1,18 @@
 """Recipes: what they may say, what they say by default, and a run of each kind from files to a folder."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from golden_emu import GOLDEN_EMU
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, TrainingArguments
 
 from modeling_emu import EmuForMultimodalGeneration, EmuProcessor
@@ -21,6 +27,7 @@ from modeling_emu.training.recipes import (
 from modeling_emu.training.run import FINAL_FOLDER, instruct, pretrain
 
 
+TESTS = Path(__file__).parent
 LANGUAGE_RECIPES = [path for path in sorted(PACKAGED_RECIPES.glob("*.yaml")) if "decoder" not in path.stem]
 COLOURS = {"red": (214, 64, 54), "blue": (56, 108, 214)}
 
@@ -242,3 +249,59 @@ def test_instruction_tuning_from_files_to_an_adapter_or_a_model(tmp_path):
     assert merged.config.variant == "instruct"
     processor = EmuProcessor.from_pretrained(folders[1])
     assert processor.tokenizer.convert_tokens_to_ids(["[USER]", "[ASSISTANT]"]) == [1004, 1005]
+
+
+def test_zero_3_is_refused_for_instruction_tuning(tmp_path):
+    settings = make_settings(tmp_path, write_instructions(tmp_path / "data"), "instruction", "model=not-there")
+    arguments, training = parse_recipe("instruct-cpu", settings, InstructArguments)
+    training.deepspeed_plugin = SimpleNamespace(zero_stage=3)  # DeepSpeed itself need not be installed
+    with pytest.raises(ValueError, match=r"deepspeed: got ZeRO-3 for instruction tuning, expected FSDP2"):
+        instruct(arguments, training)
+
+
+def read_folder(folder) -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
+    """The tensors of a folder, and its other files."""
+    tensors, others = {}, {}
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        else:
+            others[file.name] = file.read_bytes()
+    return tensors, others
+
+
+def test_a_sharded_run_writes_the_folder_of_one_process(tmp_path):
+    """accelerate's FSDP2 from a recipe, with gloo. Each document is the same, so any split has the same gradients."""
+    text = json.dumps([{"instruction": "Name a colour.", "input": "", "output": "It is red."}] * 2)
+    (tmp_path / "alpaca.json").write_text(text)
+    layers = "[Blip2EncoderLayer, EmuCausalFormerLayer, LlamaDecoderLayer]"
+    sharded = ["use_cpu=false", "fsdp=true", f"fsdp_config={{version: 2, transformer_layer_cls_to_wrap: {layers}}}"]
+    folders, settings_files = {}, []
+    for merge in ("false", "true"):
+        settings = make_settings(tmp_path, str(tmp_path / "alpaca.json"), "instruction", f"merge_adapter={merge}")
+        settings += ["lora_dropout=0", "optim=sgd", "learning_rate=1", "lr_scheduler_type=constant", "warmup_steps=0"]
+        alone = parse_recipe("instruct-cpu", [*settings, f"output_dir={tmp_path}/1-{merge}"], InstructArguments)
+        folders[instruct(*alone)] = tmp_path / f"2-{merge}" / FINAL_FOLDER
+        settings_files.append(tmp_path / f"{merge}.json")
+        settings_files[-1].write_text(json.dumps([*settings, *sharded, f"output_dir={tmp_path}/2-{merge}"]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [sys.executable, *launcher, str(TESTS / "training_instruct_run.py"), *map(str, settings_files)],
+        env=os.environ
+        | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+        | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr[-6000:]
+    for alone, together in folders.items():
+        expected, expected_files = read_folder(alone)
+        got, got_files = read_folder(together)
+        assert got_files == expected_files
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-4, msg=name)
+    adapter, _ = read_folder(next(iter(folders)))
+    assert all(tensor.abs().max() > 1e-3 for name, tensor in adapter.items() if "lora_B" in name)

@@ -77,21 +77,42 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def save_tuned(model: "PeftModel", processor: EmuProcessor, folder: Path | str, merge: bool) -> None:
+def save_tuned(
+    model: "PeftModel",
+    processor: EmuProcessor,
+    folder: Path | str,
+    merge: bool,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a Hub folder: the whole model with the adapter merged into it, or the adapter alone.
 
     An adapter's folder holds the word embeddings and the head too, since two of their rows are new: it is loaded by
     PEFT onto the base model, after `base.resize_token_embeddings(len(processor.tokenizer))`.
 
     Args:
-        merge: merge the adapter into the weights; `model` has none afterwards.
+        merge: merge the adapter into the weights; `model` has none afterwards, unless `state_dict` is given.
+        state_dict: all weights of `model`, whole, where `model` itself has a part of them only.
 
     Raises:
         ValueError: if `folder` is there and not empty.
     """
     with whole_folder(Path(folder)) as output:
         if merge:
-            model.merge_and_unload().save_pretrained(output)
+            whole = model if state_dict is None else rebuild(model, state_dict)
+            whole.merge_and_unload().save_pretrained(output)
         else:
-            model.save_pretrained(str(output), save_embedding_layers=True)
+            model.save_pretrained(str(output), save_embedding_layers=True, state_dict=state_dict)
         processor.save_pretrained(output)
+
+
+def rebuild(model: "PeftModel", state_dict: dict[str, torch.Tensor]) -> "PeftModel":
+    """The same model and adapter with these weights, which are not copied; buffers outside of them stay empty."""
+    from peft import get_peft_model
+
+    base = model.get_base_model()
+    with torch.device("meta"):
+        empty = type(base)(base.config)
+        empty.generation_config = base.generation_config
+        rebuilt = get_peft_model(empty, model.peft_config["default"])
+    rebuilt.load_state_dict(state_dict, assign=True)
+    return rebuilt

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, set_seed
 
 from ..configuration_emu import EmuConfig
 from ..data import EmuDataCollator, EmuMixture, EmuSampleEncoder, EmuSource, PackedDocuments
@@ -111,8 +111,12 @@ def instruct(arguments: InstructArguments, training_arguments: EmuTrainingArgume
     """Train LoRA on answers; gives the folder with the adapter, or with the model that it is merged into.
 
     Raises:
-        ValueError: before anything is loaded, if a step cannot fit into memory.
+        ValueError: before anything is loaded, if a step cannot fit into memory, or with ZeRO-3, which divides the weights
+            while they are loaded, before the new tokens' rows are there.
     """
+    plugin = training_arguments.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError("deepspeed: got ZeRO-3 for instruction tuning, expected FSDP2 (fsdp: true), or no sharding")
     check_memory(EmuConfig.from_pretrained(arguments.model), arguments, training_arguments)
     processor = EmuProcessor.from_pretrained(arguments.model)
     kwargs: dict[str, Any] = {}
@@ -122,14 +126,18 @@ def instruct(arguments: InstructArguments, training_arguments: EmuTrainingArgume
         )
     model = load_model(arguments, **kwargs)
     add_instruct_tokens(model, processor)
+    set_seed(training_arguments.seed)  # processes that shard the adapter draw the same one
     tuned = add_lora(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
     trainer = make_trainer(tuned, processor, arguments, training_arguments)
     # `true` in a recipe: from the last complete checkpoint
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
     folder = Path(str(training_arguments.output_dir)) / FINAL_FOLDER
+    state_dict = None
+    if trainer.is_fsdp_enabled:  # every process gives its part of the weights
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if training_arguments.should_save:
         if folder.exists():
             shutil.rmtree(folder)  # of the run before this one in the same folder, as Trainer overwrites its own
-        save_tuned(tuned, processor, folder, merge=arguments.merge_adapter)
+        save_tuned(tuned, processor, folder, merge=arguments.merge_adapter, state_dict=state_dict)
     finish(trainer)
     return folder
