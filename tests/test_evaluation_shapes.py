@@ -32,6 +32,7 @@ from modeling_emu.evaluation.shapes import (
     CRITERIA,
     DRAWN_KINDS,
     FIRST,
+    LEADS,
     MAJORITY,
     PICTURE_PARTS,
     SECOND,
@@ -425,6 +426,19 @@ def test_documents_are_asked_as_they_are_learned(pipeline, kind):
         else:
             rest = pipeline.processor.tokenizer.decode(learned.input_ids[length:], skip_special_tokens=True)
             assert rest == task.target[0]["text"]
+
+
+@pytest.mark.parametrize("kind", CAPTION_KINDS)
+def test_a_caption_goes_on_from_its_first_words(pipeline, kind):
+    """They are ids that training learns, and the answer has them."""
+    encoder = EmuSampleEncoder(pipeline.processor)
+    [task] = draw_tasks(kind, "test", 1, seed=0)
+    wordings = list_captions(task.expected) if kind == "caption" else list_clip_captions(task.expected)
+    [text] = [text for text in wordings if text.startswith(LEADS[kind])]
+    learned = encoder.encode(Sample([*task.prompt, make_text(text)], "key")).input_ids
+    asked = encode_documents(pipeline.processor, [[*task.prompt, make_text(LEADS[kind])]])["input_ids"][0]
+    assert torch.equal(asked, learned[: len(asked)])
+    assert all(answer.startswith(LEADS[kind]) for answer in ask(pipeline, [task], seed=0))
 
 
 @pytest.mark.parametrize("kind", ["question", "clip_question", "dialogue"])

@@ -2,7 +2,7 @@
 
 Pictures are judged by the world's checker and texts by its grammar, never by a network. Scenes come from a seed, of the
 test split or with a pair of colour and shape that training never shows. Captions, drawings, patterns, blends and stories
-are asked as plain documents, questions and dialogues in the processor's chat template.
+are asked as plain documents, questions and dialogues in the processor's chat template. Of a caption, the first words are given.
 """
 
 import random
@@ -38,6 +38,8 @@ CAPTION_KINDS = ("caption", "clip_caption")
 CHAT_KINDS = ("question", "clip_question")
 # Those with short answers, of which some are commoner than others.
 ANSWERED_KINDS = (*CHAT_KINDS, "pattern_text", "dialogue")
+# The words of a caption that are given: after a picture alone, a pattern or a question may follow as well.
+LEADS = {"caption": "a picture of", "clip_caption": "a video of"}
 # How many pictures a story of this world may have.
 STORY_LENGTHS = (2, 3)
 # Ids that an answer may take, for each of the longest target: wordings differ, and one that rambles on must show it.
@@ -181,6 +183,10 @@ def ask(pipeline: EmuPipeline, tasks: Sequence[Task], seed: int) -> list[Any]:
         return ask_dialogues(pipeline, tasks, room)
     if kind in CHAT_KINDS:
         return answer_conversations(pipeline, [[make_message("user", prompt)] for prompt in prompts], room)
+    if kind in LEADS:
+        lead = LEADS[kind]
+        prompts = [[*prompt, make_text(lead)] for prompt in prompts]
+        return [f"{lead} {text}" for text in continue_documents(pipeline, prompts, room)]
     return continue_documents(pipeline, prompts, room)
 
 
