@@ -199,8 +199,6 @@ def test_a_missing_key_file_or_value_is_named(tmp_path):
         read_recipe("emu-i", ["sources=[a, b"])
     with pytest.raises(ValueError, match="merge_adapter: got true"):
         parse_recipe("instruct-24gb", ["use_cpu=true", "merge_adapter=true"], InstructArguments)
-    with pytest.raises(ValueError, match="expected none, since only answers are learned"):
-        parse_recipe("emu-i", ["use_cpu=true", "objective.regression_loss_weight=1"], InstructArguments)
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -249,6 +247,24 @@ def test_instruction_tuning_from_files_to_an_adapter_or_a_model(tmp_path):
     assert merged.config.variant == "instruct"
     processor = EmuProcessor.from_pretrained(folders[1])
     assert processor.tokenizer.convert_tokens_to_ids(["[USER]", "[ASSISTANT]"]) == [1004, 1005]
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_tuning_regresses_images_only_if_the_recipe_says_so(tmp_path, weight):
+    """Beside conversations, documents may be learned as a whole."""
+    answers, pairs = write_instructions(tmp_path / "data"), write_pairs(tmp_path / "pairs")
+    sources = f"[{{kind: instruction, files: '{answers}'}}, {{kind: image_text, files: '{pairs}'}}]"
+    settings = [*make_settings(tmp_path, answers, "instruction"), f"sources={sources}", "merge_adapter=true"]
+    settings += ["save_strategy=steps", "save_steps=3"]
+    if weight is not None:
+        settings.append(f"objective.regression_loss_weight={weight}")
+    folder = instruct(*parse_recipe("instruct-cpu", settings, InstructArguments))
+    assert json.loads((folder / "config.json").read_text())["regression_loss_weight"] == (weight or 0)
+    log = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert sum(entry.get("num_regression_targets", 0) for entry in log) > 0
+    for entry in log[:3]:
+        expected = entry["text_loss"] + (weight or 0) * entry["regression_loss"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_zero_3_is_refused_for_instruction_tuning(tmp_path):

@@ -122,8 +122,11 @@ class PretrainArguments(DataArguments):
 class InstructArguments(DataArguments):
     """What a recipe of instruction tuning may say besides `EmuTrainingArguments`.
 
+    Answers alone are learned, unless `objective.regression_loss_weight` says otherwise: with it, and with documents to
+    learn as a whole among the sources, a model keeps drawing while it learns to answer.
+
     Raises:
-        ValueError: if the adapter is to be merged into quantised weights, or images are to be learned.
+        ValueError: if the adapter is to be merged into quantised weights.
     """
 
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -136,8 +139,6 @@ class InstructArguments(DataArguments):
         super().__post_init__()
         if self.quantization not in (None, "nf4"):
             raise ValueError(f"quantization: got {self.quantization!r}, expected nf4 or nothing")
-        if "regression_loss_weight" in self.objective:
-            raise ValueError("objective.regression_loss_weight: got it, expected none, since only answers are learned")
         if self.quantization and self.merge_adapter:
             raise ValueError("merge_adapter: got true, expected false with quantised weights, which would be rounded")
 

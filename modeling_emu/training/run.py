@@ -126,6 +126,7 @@ def instruct(arguments: InstructArguments, training_arguments: EmuTrainingArgume
         )
     model = load_model(arguments, **kwargs)
     add_instruct_tokens(model, processor)
+    model.config.regression_loss_weight = arguments.objective.get("regression_loss_weight", 0.0)
     set_seed(training_arguments.seed)  # processes that shard the adapter draw the same one
     tuned = add_lora(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
     trainer = make_trainer(tuned, processor, arguments, training_arguments)

@@ -56,11 +56,11 @@ NUM_DOCUMENTS = {
     "pattern_text": 12_000,
     "pattern_image": 12_000,
     "blend": 12_000,
-    "question_page": 24_000,
-    "dialogue_page": 8_000,
-    "clip_question_page": 4_000,
-    "question": 24_000,
-    "clip_question": 6_000,
+    "question_page": 60_000,
+    "clip_question_page": 20_000,
+    "dialogue_page": 16_000,
+    "question": 30_000,
+    "clip_question": 10_000,
     "dialogue": 12_000,
 }
 # Recipe, what runs it, and what it is read into.
@@ -202,7 +202,6 @@ def put_together(model_folder: Path, decoder_folder: Path, folder: Path) -> None
     model = EmuForMultimodalGeneration.from_pretrained(model_folder)
     processor = EmuProcessor.from_pretrained(model_folder)
     model.config.variant = processor.variant = VARIANT
-    model.config.regression_loss_weight = 1.0  # the tuning's recipe turned it off
     unet = UNet2DConditionModel.from_pretrained(decoder_folder / "unet")
     scheduler = DDIMScheduler.from_pretrained(decoder_folder / "scheduler")
     save_whole(EmuPipeline(model, processor, unet, None, scheduler), folder)
