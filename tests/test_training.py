@@ -1,5 +1,6 @@
 """EmuTrainer: the same step for every split of the same data, parts, checkpoints, and losses that are not finite."""
 
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from conftest import BOS, EOS, GOLDENS, image_ids, make_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from torch.utils.data import IterableDataset
 from training_killed_run import make_killable_trainer
 from training_run import KeepGradients, TinyCollator, make_arguments, make_samples, run_training
 from transformers import TrainingArguments
@@ -307,6 +309,31 @@ def test_only_complete_checkpoints_are_kept_and_resumed(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     (tmp_path / "checkpoint-9").mkdir()
     assert get_last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+class EndlessSamples(IterableDataset):
+    """A stream, of which Trainer cannot know how many steps an epoch has."""
+
+    def split(self, rank, world_size):
+        assert (rank, world_size) == (0, 1)
+
+    def __iter__(self):
+        return itertools.cycle(make_samples())
+
+
+def test_a_run_that_had_taken_its_last_step_takes_no_other(tmp_path):
+    """Killed after its last checkpoint and resumed, with a learning rate that is not zero at the end."""
+    settings = {"batch_size": 2, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, samples=EndlessSamples(), **settings)
+    trainer.train()
+    resumed = make_trainer(tmp_path, samples=EndlessSamples(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 1
+    untrained = dict(make_model().named_parameters())
+    expected = dict(trainer.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert any(not torch.equal(parameter, untrained[name]) for name, parameter in expected.items())
 
 
 def test_eight_documents_are_learned_by_heart(tmp_path):

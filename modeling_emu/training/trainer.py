@@ -341,6 +341,13 @@ class EmuTrainer(Trainer):
         self.train_totals = LossTotals()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which would take one more step from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as Trainer does, mark the folder when every process is done, and only then delete older ones."""
         run_dir = self._get_output_dir(trial)
