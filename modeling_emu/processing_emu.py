@@ -397,6 +397,20 @@ class EmuProcessor(ProcessorMixin):
                     self._refuse_special_tokens("".join(prepare_part(part)["text"] for part in run))
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
+    def count_tokens(self, text: str, media: Sequence[dict[str, Any]]) -> int:
+        """How many ids a text has when its images and videos are in it; no pixel is looked at.
+
+        Args:
+            text: with a mark for each image and video.
+            media: the parts that the marks stand for, in reading order; videos are lists of frames.
+        """
+        frames = [part["video"] if part["type"] == "video" else [part["image"]] for part in media]
+        for part, images in zip(media, frames, strict=True):
+            if part["type"] == "video":
+                text = text.replace(VIDEO_TOKEN, IMAGE_TOKEN * len(images), 1)
+        # The text has one token of each image; N slots stand between two others.
+        return len(self.tokenizer(text)["input_ids"]) + sum(map(len, frames)) * (self.num_image_tokens + 1)
+
     def encode_candidates(self, candidates: Sequence[str]) -> list[list[int]]:
         """Ids of answers to rank after a prompt: each encoded by itself, without `<s>`.
 

@@ -126,20 +126,12 @@ class Chat:
 
     def count_tokens(self, messages: list[dict[str, Any]]) -> int:
         """How much of the context a conversation takes."""
-        from ..configuration_emu import IMAGE_TOKEN
-        from ..processing_emu import VIDEO_TOKEN
         from .loading import without_hints
 
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         media = [part for message in messages for part in message["content"] if part["type"] != "text"]
-        for part in media:
-            if part["type"] == "video":
-                text = text.replace(VIDEO_TOKEN, IMAGE_TOKEN * len(part["video"]), 1)
-        num_images = sum(len(part.get("video", [part])) for part in media)
         with without_hints():  # a warning of what is refused here
-            num_tokens = len(self.processor.tokenizer(text)["input_ids"])
-        # The text has one token of each image; N slots stand between two others.
-        return num_tokens + num_images * (self.processor.num_image_tokens + 1)
+            return self.processor.count_tokens(text, media)
 
     def draw(self, text: str) -> None:
         """Draw a picture from a text alone, write it, and print where."""

@@ -12,6 +12,7 @@ from .samples import Document, Sample
 
 
 IGNORED = -100
+MARKS = {"image": IMAGE_TOKEN, "video": VIDEO_TOKEN}
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,10 @@ class EmuSampleEncoder:
 
     def count_tokens(self, sample: Sample) -> int:
         """The length that `encode` gives, without the pixels."""
-        num_images = sum(count_images(part) for part in sample.document)
-        if sample.answers is None:
-            text = "".join(get_marked_text(part) for part in sample.document)
-            extra = 1
-        else:
-            text = self.processor.apply_chat_template(make_messages(sample))
-            for part in sample.document:
-                if part["type"] == "video":
-                    text = text.replace(VIDEO_TOKEN, IMAGE_TOKEN * count_images(part), 1)
-            extra = 0
-        num_slots = self.processor.num_image_tokens
-        return len(self.processor.tokenizer(text)["input_ids"]) + num_images * (num_slots + 1) + extra
+        media = [part for part in sample.document if part["type"] != "text"]
+        if sample.answers is not None:
+            return self.processor.count_tokens(self.processor.apply_chat_template(make_messages(sample)), media)
+        return self.processor.count_tokens("".join(map(get_marked_text, sample.document)), media) + 1  # </s>
 
     def count_document_tokens(self, document: Document) -> int:
         """`count_tokens` of a document to learn as a whole, which is how stretches are measured."""
@@ -134,14 +127,9 @@ class EmuSampleEncoder:
         return pieces
 
 
-def count_images(part: dict[str, Any]) -> int:
-    """Images that a part is to the model."""
-    return len(part["video"]) if part["type"] == "video" else int(part["type"] == "image")
-
-
 def get_marked_text(part: dict[str, Any]) -> str:
-    """A part as text, with a mark for every image."""
-    return part["text"] if part["type"] == "text" else IMAGE_TOKEN * count_images(part)
+    """A part as text, with a mark for an image or a video."""
+    return part["text"] if part["type"] == "text" else MARKS[part["type"]]
 
 
 def get_units(sample: Sample) -> list[list[tuple[dict[str, Any], bool]]]:

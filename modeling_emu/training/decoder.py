@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..pipeline_emu import EmuPipeline
-from .checkpoints import get_last_complete_checkpoint, is_complete, mark_complete
+from .checkpoints import find_checkpoint, mark_complete
 from .decoder_arguments import PIECEWISE_CONSTANT, DecoderTrainingArguments
 from .decoder_data import DecoderBatch, DecoderData
 from .decoder_pictures import PictureGrid, make_sheet, report_picture
@@ -260,7 +260,7 @@ class EmuDecoderTrainer:
         """
         args, accelerator = self.args, self.accelerator
         if resume_from_checkpoint:
-            self._load_checkpoint(resume_from_checkpoint)
+            accelerator.load_state(str(find_checkpoint(resume_from_checkpoint, Path(args.output_dir))))
         self.ema.to(accelerator.device)
         accelerator.init_trackers(PROJECT, {name: str(value) for name, value in asdict(args).items()})
         batches = enumerate(
@@ -354,20 +354,6 @@ class EmuDecoderTrainer:
         if self.accelerator.is_main_process:
             mark_complete(folder)
             rotate_checkpoints(self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=True)
-
-    def _load_checkpoint(self, checkpoint: str | bool) -> None:
-        """Go on from a complete checkpoint."""
-        folder = Path(str(checkpoint))
-        if checkpoint is True:
-            found = get_last_complete_checkpoint(Path(self.args.output_dir))
-            if found is None:
-                raise ValueError(
-                    f"checkpoints in {self.args.output_dir!r}: got no complete one, expected one to resume"
-                )
-            folder = found
-        elif not is_complete(folder):
-            raise ValueError(f"checkpoint: got {checkpoint!r}, expected one that was written to its end")
-        self.accelerator.load_state(str(folder))
 
     def save_model(self, folder: Path | str, **components: Any) -> None:
         """Write a visual decoder that `EmuPipeline` loads: the U-Net's averaged weights and what belongs to them.

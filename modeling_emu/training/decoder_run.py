@@ -21,7 +21,6 @@ from transformers import CLIPImageProcessorPil
 from ..configuration_emu import EmuConfig
 from ..data import EmuMixture, EmuSampleEncoder, EmuSource
 from ..data.files import find_shards
-from ..documents_emu import prepare_part
 from ..modeling_emu import EmuForMultimodalGeneration
 from ..pipeline_emu import EmuPipeline
 from ..processing_emu import EmuProcessor
@@ -41,6 +40,7 @@ from .decoder_cache import (
 from .decoder_data import DecoderData, DecoderEncoder, DecoderStream, LiveDecoderData
 from .decoder_memory import check_decoder_memory, read_decoder_configs
 from .decoder_pictures import PictureGrid
+from .samples import read_prompt
 
 
 ENCODER_FILES = ("config.json", "processor_config.json", "tokenizer*.json", "*.safetensors*")
@@ -96,10 +96,7 @@ class DecoderRun:
         self.check_memory()
         self.unet = UNet2DConditionModel.from_pretrained(self.decoder / "unet", dtype=torch.float32)
         self.scheduler = load_scheduler(self.decoder)
-        self.prompts = [
-            [prepare_part(part) for part in (prompt if isinstance(prompt, list) else [prompt])]
-            for prompt in arguments.validation_prompts
-        ]
+        self.prompts = [read_prompt(prompt) for prompt in arguments.validation_prompts]
 
     def check_memory(self, is_precomputing: bool = False) -> None:
         """Refuse to train, or to precompute, where that cannot fit into memory."""

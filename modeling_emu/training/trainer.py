@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from ..configuration_emu import EmuConfig
 from .arguments import EmuTrainingArguments
-from .checkpoints import get_last_complete_checkpoint, is_complete, mark_complete
+from .checkpoints import find_checkpoint, mark_complete
 from .parts import freeze_parts, get_part
 
 
@@ -328,15 +328,8 @@ class EmuTrainer(Trainer):
         Raises:
             ValueError: if there is no complete checkpoint.
         """
-        if resume_from_checkpoint is True:
-            folder = get_last_complete_checkpoint(Path(self.args.output_dir))
-            if folder is None:
-                raise ValueError(
-                    f"checkpoints in {self.args.output_dir!r}: got no complete one, expected one to resume"
-                )
-            resume_from_checkpoint = str(folder)
-        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
-            raise ValueError(f"checkpoint: got {resume_from_checkpoint!r}, expected one that was written to its end")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(find_checkpoint(resume_from_checkpoint, Path(self.args.output_dir)))
         self.losses_of_step = []
         self.train_totals = LossTotals()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
