@@ -17,7 +17,7 @@ from modeling_emu.documents_emu import load_video
 from modeling_emu.processing_emu import EmuProcessor
 from modeling_emu.shapes.captions import parse_caption, parse_clip_caption, parse_panel
 from modeling_emu.shapes.checker import read_clip, read_scene
-from modeling_emu.shapes.documents import STORY_SPLITS, TASK_KINDS, VALUES, Task, draw_task
+from modeling_emu.shapes.documents import QUIZ_KINDS, STORY_SPLITS, TASK_KINDS, VALUES, Task, draw_task
 from modeling_emu.shapes.scenes import HELD_OUT_PAIRS, SPLITS, UNSEEN, Clip, Scene, get_clip_split, get_split
 from modeling_emu.shapes.shards import (
     NUM_SHARDS,
@@ -32,6 +32,7 @@ from modeling_emu.shapes.shards import (
 
 EMU_TINY = Path(__file__).parents[1] / "modeling_emu" / "emu_tiny"
 ALL_SPLITS = (*SPLITS, UNSEEN)
+ALL_KINDS = (*TASK_KINDS, *QUIZ_KINDS)
 NUM_DOCUMENTS = 10
 
 
@@ -63,7 +64,7 @@ def describe(document: list) -> list:
 # Tasks
 
 
-@pytest.mark.parametrize("kind", TASK_KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_training_shows_training_scenes_alone(kind):
     for task in draw_many(kind, 300):
         assert {get_split_of(shown) for shown in task.shown} == {"train"}
@@ -72,7 +73,7 @@ def test_training_shows_training_scenes_alone(kind):
 
 
 @pytest.mark.parametrize("split", ["validation", "test", UNSEEN])
-@pytest.mark.parametrize("kind", TASK_KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_what_is_asked_for_is_of_the_split(kind, split):
     for task in draw_many(kind, 40, split):
         *context, last = [get_split_of(shown) for shown in task.shown]
@@ -90,7 +91,7 @@ def test_splits_ask_for_no_scene_of_another():
         assert sum(map(len, expected)) == len(set().union(*expected))
 
 
-@pytest.mark.parametrize("kind", TASK_KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_document_has_its_media_in_order(kind):
     for task in draw_many(kind, 50):
         media = [part for part in task.document if part["type"] != "text"]
@@ -107,7 +108,7 @@ def test_a_document_has_its_media_in_order(kind):
             assert ("text", "text") not in itertools.pairwise(types)
 
 
-@pytest.mark.parametrize("kind", TASK_KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_same_seed_draws_the_same_document(kind):
     first, again, other = (draw_many(kind, 3, seed=seed) for seed in (0, 0, 1))
     assert [describe(task.document) for task in first] == [describe(task.document) for task in again]
@@ -122,7 +123,7 @@ def test_captions_say_what_is_expected(split):
         assert parse_clip_caption(task.target[0]["text"]) == task.expected == task.shown[0]
 
 
-@pytest.mark.parametrize("kind", TASK_KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_pictures_and_videos_show_what_the_task_says(kind):
     for task in draw_many(kind, 15):
         media = [part for part in task.document if part["type"] != "text"]
@@ -137,10 +138,11 @@ def test_answers_are_expected(kind):
         assert task.topic
 
 
-def test_answers_of_dialogues_are_expected():
-    for task in draw_many("dialogue", 100):
+@pytest.mark.parametrize("kind", ["dialogue", *QUIZ_KINDS])
+def test_answers_of_several_turns_are_expected(kind):
+    for task in draw_many(kind, 100):
         assert tuple(task.document[index]["text"] for index in task.answers) == task.expected
-        assert [part["type"] for part in task.prompt] == ["image", "text"]
+        assert [part["type"] for part in task.prompt] == ["video" if kind == "clip_quiz" else "image", "text"]
         assert all(text.endswith("?") for text in get_texts(task)[::2])
 
 

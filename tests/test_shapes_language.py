@@ -26,8 +26,10 @@ from modeling_emu.shapes.questions import (
     SCENE_ASKERS,
     Question,
     draw_clip_question,
+    draw_clip_quiz,
     draw_dialogue,
     draw_question,
+    draw_quiz,
     majority_baseline,
 )
 from modeling_emu.shapes.scenes import (
@@ -326,6 +328,19 @@ def test_answers_of_a_dialogue_follow_from_the_scene_and_the_turns_before():
         assert all(text.startswith("and ") for text in texts[1:])
         lengths[len(dialogue)] += 1
     assert set(lengths) == {2, 3}
+
+
+def test_a_quiz_has_different_questions_that_stand_alone_and_half_of_them_ask_for_yes_or_no():
+    rng = random.Random(0)
+    scenes, clips = draw_scenes(500, seed=7), draw_clips(300, seed=7)
+    quizzes = [(draw_quiz(scene, rng), find_answer, scene, 8) for scene in scenes]
+    quizzes += [(draw_clip_quiz(clip, rng), find_clip_answer, clip, 6) for clip in clips]
+    for quiz, find, shown, length in quizzes:
+        assert len({question.text for question in quiz}) == length
+        assert [question.answer for question in quiz] == [find(question.text, shown) for question in quiz]
+        assert sum(question.answer in ("yes.", "no.") for question in quiz) == length / 2
+    kinds = {question.kind for quiz, *_ in quizzes for question in quiz}
+    assert kinds == {*QUESTION_KINDS, *CLIP_QUESTION_KINDS}
 
 
 def test_no_pronoun_asks_for_what_the_name_before_it_has_said():

@@ -23,7 +23,7 @@ from .captions import (
     write_clip_caption,
     write_panel,
 )
-from .questions import draw_clip_question, draw_dialogue, draw_question
+from .questions import Question, draw_clip_question, draw_clip_quiz, draw_dialogue, draw_question, draw_quiz
 from .render import render_clip, render_scene
 from .scenes import (
     COLOURS,
@@ -57,13 +57,13 @@ class Task:
     """One thing to do, with what is right.
 
     Args:
-        kind: one of `TASK_KINDS`.
+        kind: one of `TASK_KINDS` or `QUIZ_KINDS`.
         prompt: parts `{"type": "text" | "image" | "video", ...}`, images PIL, videos lists of PIL frames. Texts stand side by
             side in conversations only.
         target: the parts that follow, in one form of several that may be right.
         expected: what must be said or shown. Of "caption", "draw", "pattern_image" and "blend" the scene, of
-            "clip_caption" the clip, of "question", "clip_question" and "pattern_text" the answer, of "dialogue" the answers
-            in turn, of "story" the scenes in turn.
+            "clip_caption" the clip, of "question", "clip_question" and "pattern_text" the answer, of "dialogue" and quizzes
+            the answers in turn, of "story" the scenes in turn.
         shown: what each image and video of the document shows, in reading order.
         topic: the kind of the question, or what a pattern's texts name.
         answers: which parts of the document an assistant says; None for a document to learn as a whole.
@@ -137,14 +137,30 @@ def draw_clip_question_task(rng: random.Random, split: str) -> Task:
     return Task("clip_question", prompt, target, question.answer, (clip,), question.kind, answers=(2,))
 
 
+def make_turns_task(kind: str, media: dict[str, Any], shown: Scene | Clip, turns: tuple[Question, ...]) -> Task:
+    """A picture or clip and a first question about it; the target has the later questions between the answers."""
+    parts = [media, *(make_text(text) for turn in turns for text in (turn.text, turn.answer))]
+    expected = tuple(turn.answer for turn in turns)
+    return Task(kind, parts[:2], parts[2:], expected, (shown,), answers=tuple(range(2, len(parts), 2)))
+
+
 def draw_dialogue_task(rng: random.Random, split: str) -> Task:
-    """A picture and a first question about it; the target has the later questions between the answers."""
+    """A picture and questions about it, of which only the first can be understood alone."""
     scene = draw_scene(rng, split)
     turns = draw_dialogue(scene, rng)
-    parts = [make_image(scene, rng), *(make_text(text) for turn in turns for text in (turn.text, turn.answer))]
-    expected = tuple(turn.answer for turn in turns)
-    answers = tuple(range(2, len(parts), 2))
-    return Task("dialogue", parts[:2], parts[2:], expected, (scene,), answers=answers)
+    return make_turns_task("dialogue", make_image(scene, rng), scene, turns)
+
+
+def draw_quiz_task(rng: random.Random, split: str) -> Task:
+    """A picture and many questions about it: more answers to learn from in as many tokens."""
+    scene = draw_scene(rng, split)
+    return make_turns_task("quiz", make_image(scene, rng), scene, draw_quiz(scene, rng))
+
+
+def draw_clip_quiz_task(rng: random.Random, split: str) -> Task:
+    """A clip and many questions about it."""
+    clip = draw_clip(rng, split)
+    return make_turns_task("clip_quiz", make_video(clip, rng), clip, draw_clip_quiz(clip, rng))
 
 
 def draw_follower(scene: Scene, event: str, rng: random.Random) -> Scene | None:
@@ -260,19 +276,22 @@ _DRAWERS: dict[str, Callable[[random.Random, str], Task]] = {
     "clip_caption": draw_clip_caption_task,
     "clip_question": draw_clip_question_task,
     "dialogue": draw_dialogue_task,
+    "quiz": draw_quiz_task,
+    "clip_quiz": draw_clip_quiz_task,
     "story": draw_story_task,
     "pattern_text": draw_text_pattern_task,
     "pattern_image": draw_image_pattern_task,
     "blend": draw_blend_task,
 }
-TASK_KINDS = tuple(_DRAWERS)
+QUIZ_KINDS = ("quiz", "clip_quiz")  # to learn from; what they ask, "question" and "clip_question" judge
+TASK_KINDS = tuple(kind for kind in _DRAWERS if kind not in QUIZ_KINDS)
 
 
 def draw_task(kind: str, rng: random.Random, split: str = "train") -> Task:
     """Draw a task of a kind with its pictures.
 
     Args:
-        kind: one of `TASK_KINDS`.
+        kind: one of `TASK_KINDS` or `QUIZ_KINDS`.
         rng: all that is drawn comes from it, the pictures' jitter too.
         split: "train", "validation", "test", or "unseen", where what is asked for has a held-out pair.
 
@@ -280,5 +299,5 @@ def draw_task(kind: str, rng: random.Random, split: str = "train") -> Task:
         ValueError: if the kind or the split is none of these.
     """
     if kind not in _DRAWERS:
-        raise ValueError(f"kind of a task: got {kind!r}, expected one of {', '.join(TASK_KINDS)}")
+        raise ValueError(f"kind of a task: got {kind!r}, expected one of {', '.join(_DRAWERS)}")
     return _DRAWERS[kind](rng, split)

@@ -5,7 +5,7 @@ An answer is a short text that follows from the scene alone. Yes and no are equa
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .captions import NUMBERS, add_article, describe_attribute, describe_change, describe_place, name_pair
@@ -182,17 +182,54 @@ CLIP_ASKERS: dict[str, Callable[[Clip, random.Random], Question]] = {
 }
 QUESTION_KINDS, CLIP_QUESTION_KINDS = tuple(SCENE_ASKERS), tuple(CLIP_ASKERS)
 KINDS_OF_SEVERAL_ITEMS = ("relation", "neighbour")
+YES_OR_NO_KINDS = ("existence", "relation", "action")
+QUIZ_LENGTH, CLIP_QUIZ_LENGTH = 8, 6
+
+
+def list_kinds(scene: Scene) -> list[str]:
+    """The kinds of questions that a scene allows."""
+    return [kind for kind in QUESTION_KINDS if len(scene.items) > 1 or kind not in KINDS_OF_SEVERAL_ITEMS]
 
 
 def draw_question(scene: Scene, rng: random.Random) -> Question:
     """A question that has one exact answer for this scene; its kind is drawn evenly among those that the scene allows."""
-    kinds = [kind for kind in QUESTION_KINDS if len(scene.items) > 1 or kind not in KINDS_OF_SEVERAL_ITEMS]
-    return SCENE_ASKERS[rng.choice(kinds)](scene, rng)
+    return SCENE_ASKERS[rng.choice(list_kinds(scene))](scene, rng)
 
 
 def draw_clip_question(clip: Clip, rng: random.Random) -> Question:
     """A question that has one exact answer for this clip."""
     return CLIP_ASKERS[rng.choice(CLIP_QUESTION_KINDS)](clip, rng)
+
+
+def draw_quiz(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
+    """Eight different questions on one picture, each of which can be understood alone.
+
+    Half of them are answered by yes or no: such answers say least each, and take the most examples to learn.
+    """
+    return draw_different(lambda kind: SCENE_ASKERS[kind](scene, rng), list_kinds(scene), QUIZ_LENGTH, rng)
+
+
+def draw_clip_quiz(clip: Clip, rng: random.Random) -> tuple[Question, ...]:
+    """Six different questions on one clip, half of them answered by yes or no."""
+    return draw_different(lambda kind: CLIP_ASKERS[kind](clip, rng), CLIP_QUESTION_KINDS, CLIP_QUIZ_LENGTH, rng)
+
+
+def draw_different(
+    ask: Callable[[str], Question], kinds: Sequence[str], num_questions: int, rng: random.Random
+) -> tuple[Question, ...]:
+    """Different questions in random order, every other one of a kind that is answered by yes or no.
+
+    Args:
+        ask: gives a question of a kind.
+        kinds: to choose from, both those of yes and no and others.
+    """
+    yes_or_no = [kind for kind in kinds if kind in YES_OR_NO_KINDS]
+    others = [kind for kind in kinds if kind not in YES_OR_NO_KINDS]
+    questions: dict[str, Question] = {}
+    while len(questions) < num_questions:
+        question = ask(rng.choice(yes_or_no if len(questions) % 2 else others))
+        questions.setdefault(question.text, question)
+    return tuple(rng.sample(list(questions.values()), num_questions))
 
 
 def draw_dialogue(scene: Scene, rng: random.Random) -> tuple[Question, ...]:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..hub.outputs import whole_folder
-from .documents import TASK_KINDS, Document, Task, draw_task
+from .documents import QUIZ_KINDS, TASK_KINDS, Document, Task, draw_task
 from .scenes import SPLITS, UNSEEN
 
 
@@ -38,10 +38,12 @@ SHARD_LAYOUTS = {
     "question": ("instruction", "*.jsonl"),
     "clip_question": ("instruction", "*.jsonl"),
     "dialogue": ("instruction", "*.jsonl"),
+    "quiz": ("instruction", "*.jsonl"),
+    "clip_quiz": ("instruction", "*.jsonl"),
 }
 # The same tasks as pages of plain text and pictures, frames of a video one by one: what a model reads before it is tuned.
 PAGE_SUFFIX = "_page"
-SHARD_LAYOUTS |= {f"{kind}{PAGE_SUFFIX}": ("obelics", "*.parquet") for kind in TASK_KINDS}
+SHARD_LAYOUTS |= {f"{kind}{PAGE_SUFFIX}": ("obelics", "*.parquet") for kind in (*TASK_KINDS, *QUIZ_KINDS)}
 
 
 def write_shards(folder: str | os.PathLike, counts: Mapping[str, int], seed: int, split: str = "train") -> None:

@@ -1,7 +1,8 @@
 """The small Emu that comes along, from nothing: its data, its network, and every stage of its training.
 
 Each stage is a packaged recipe (`tiny-*.yaml`), run as `emu train` runs it. A stage that is done is not run again, and
-one that was stopped goes on from its last complete checkpoint.
+one that was stopped goes on from its last complete checkpoint. Small networks leave a second thread idle half of the time,
+so that processes are the better use of cores: under `torchrun` every stage divides its batches among them.
 """
 
 import json
@@ -14,6 +15,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import Blip2VisionConfig, CLIPImageProcessorPil, LlamaConfig
 
@@ -51,16 +53,16 @@ NUM_TEXTS = 4000  # from which the tokenizer learns its pieces
 NUM_DOCUMENTS = {
     "caption": 40_000,
     "caption_page": 20_000,
-    "clip_caption": 8_000,
+    "clip_caption": 12_000,
     "story": 12_000,
     "pattern_text": 12_000,
     "pattern_image": 12_000,
     "blend": 12_000,
-    "question_page": 60_000,
-    "clip_question_page": 20_000,
+    "quiz_page": 40_000,
+    "clip_quiz_page": 20_000,
     "dialogue_page": 16_000,
-    "question": 30_000,
-    "clip_question": 10_000,
+    "quiz": 10_000,
+    "clip_quiz": 6_000,
     "dialogue": 12_000,
 }
 # Recipe, what runs it, and what it is read into.
@@ -190,8 +192,7 @@ def run_stage(
     settings = [*settings, f"seed={seed}", f"max_steps={math.ceil(values['max_steps'] * scale)}"]
     if get_last_complete_checkpoint(output_dir) is not None:
         settings.append("resume_from_checkpoint=true")
-    if (output_dir / FINAL_FOLDER).exists():  # of a run that was stopped while it was written
-        shutil.rmtree(output_dir / FINAL_FOLDER)
+    shutil.rmtree(output_dir / FINAL_FOLDER, ignore_errors=True)  # of a run that was stopped while it was written
     logger.info("stage %s", recipe)
     run(*parse_as(recipe, settings, *classes))
     mark.touch()
@@ -216,8 +217,28 @@ def check_run(settings: dict[str, float]) -> None:
         raise ValueError(f"run: got {settings}, expected {found}, with which the stages in this folder were begun")
 
 
+def make_settings(num_processes: int, use_cpu: bool) -> dict[str, list[str]]:
+    """What a run changes of each recipe: the batch of a step is divided among the processes.
+
+    Raises:
+        ValueError: if it cannot be.
+    """
+    settings = {}
+    for recipe, _, _ in STAGES:
+        batch_size = read_recipe(recipe)["per_device_train_batch_size"]
+        if batch_size % num_processes:
+            raise ValueError(f"processes: got {num_processes}, expected a divisor of {batch_size}, the batch of {recipe}")
+        settings[recipe] = [
+            f"per_device_train_batch_size={batch_size // num_processes}",
+            f"use_cpu={str(use_cpu).lower()}",
+        ]
+    return settings
+
+
 def train_tiny(output: Path, seed: int = 0, scale: float = 1.0) -> Path:
     """Train the small Emu through every stage, each from where the last time stopped.
+
+    On a GPU if there is one. In several processes (`torchrun`) all of them call it.
 
     Args:
         output: the folder to work in; it keeps data, checkpoints and logs of all stages.
@@ -228,21 +249,27 @@ def train_tiny(output: Path, seed: int = 0, scale: float = 1.0) -> Path:
         The folder of the repository, without code: the tuned model at the root, the visual decoder in its folders.
 
     Raises:
-        ValueError: if `scale` is not above 0, or `output` holds a run of another seed or scale.
+        ValueError: if `scale` is not above 0, the processes cannot share a batch, or `output` holds a run of another seed
+            or scale.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale: got {scale}, expected more than 0 and at most 1")
+    use_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=use_cpu)
+    settings = make_settings(state.num_processes, use_cpu)
     output.mkdir(parents=True, exist_ok=True)
     with chdir(output):
-        check_run({"seed": seed, "scale": scale})
-        if not Path("data").exists():
-            counts = {kind: math.ceil(count * scale) for kind, count in NUM_DOCUMENTS.items()}
-            logger.info("writing %d documents", sum(counts.values()))
-            write_shards("data", counts, seed)
-        if not Path("untrained").exists():
-            make_untrained(Path("untrained"), seed)
+        with state.main_process_first():
+            check_run({"seed": seed, "scale": scale})
+            if not Path("data").exists():
+                counts = {kind: math.ceil(count * scale) for kind, count in NUM_DOCUMENTS.items()}
+                logger.info("writing %d documents", sum(counts.values()))
+                write_shards("data", counts, seed)
+            if not Path("untrained").exists():
+                make_untrained(Path("untrained"), seed)
         for recipe, run, classes in STAGES:
-            run_stage(recipe, run, classes, seed, scale)
-        if not Path("emu_tiny").exists():
-            put_together(Path("instruct", FINAL_FOLDER), Path("decoder", FINAL_FOLDER), Path("emu_tiny"))
+            run_stage(recipe, run, classes, seed, scale, settings[recipe])
+        with state.main_process_first():
+            if not Path("emu_tiny").exists():
+                put_together(Path("instruct", FINAL_FOLDER), Path("decoder", FINAL_FOLDER), Path("emu_tiny"))
     return output / "emu_tiny"
