@@ -1,10 +1,6 @@
 """The recipes of the small model, end to end: a thousandth of the steps."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +8,7 @@ from modeling_emu.cli.loading import load_pipeline
 from modeling_emu.hub.repository import list_code_files
 from modeling_emu.pipeline_emu import EmuPipeline
 from modeling_emu.training import tiny
-from modeling_emu.training.tiny import STAGES, make_settings, train_tiny
+from modeling_emu.training.tiny import STAGES, divide_batch, launch, train_tiny
 
 
 SCALE = 0.001
@@ -57,33 +53,29 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(trained, tmp_path):
 
 
 def test_two_processes_share_every_batch(trained, tmp_path):
-    """The same data and the same start; then each process learns from half of a batch, and one of them writes."""
-    emu = Path(sys.executable).with_name("emu")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    arguments = ["train", "tiny", f"--output={tmp_path / 'run'}", "--seed=1", f"--scale={SCALE}"]
-    process = subprocess.run(
-        [sys.executable, *launcher, str(emu), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert process.returncode == 0, process.stderr[-6000:]
-    assert process.stdout.strip() == str(tmp_path / "run" / "emu_tiny")
+    """The same data and the same start; then each process learns from half of a batch."""
+    output = tmp_path / "run"
+    assert train_tiny(output, seed=1, scale=SCALE, num_processes=2) == output / "emu_tiny"
     for name in ("data/caption/00000.tar", "untrained/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (trained.parent / name).read_bytes()
-    [state] = (tmp_path / "run" / "pretrain").glob("checkpoint-*/trainer_state.json")
+        assert (output / name).read_bytes() == (trained.parent / name).read_bytes()
+    [state] = (output / "pretrain").glob("checkpoint-*/trainer_state.json")
     assert json.loads(state.read_text())["train_batch_size"] == 4
-    assert len(list((tmp_path / "run").glob("*/stage_complete"))) == len(STAGES)
-    pipeline = load_pipeline(tmp_path / "run" / "emu_tiny")
+    assert len(list(output.glob("*/stage_complete"))) == len(STAGES)
+    pipeline = load_pipeline(output / "emu_tiny")
     assert pipeline("a large red circle in the middle.", num_inference_steps=2).images[0].size == (32, 32)
 
 
-def test_processes_that_cannot_share_a_batch_are_refused():
-    assert make_settings(2, use_cpu=False)["tiny-vision"] == ["per_device_train_batch_size=4", "use_cpu=false"]
+def test_processes_that_cannot_share_a_batch_are_refused(tmp_path):
+    assert divide_batch("tiny-vision", ["seed=1"], 2) == ["seed=1", "per_device_train_batch_size=4"]
     with pytest.raises(ValueError, match="processes: got 3, expected a divisor of 8, the batch of tiny-vision"):
-        make_settings(3, use_cpu=True)
+        train_tiny(tmp_path / "run", num_processes=3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_fail_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="2 processes of tiny-vision: got exit status 1, expected 0"):
+        launch("tiny-vision", ["model=nowhere"], 2)
 
 
 def test_a_run_of_another_seed_is_refused(trained):

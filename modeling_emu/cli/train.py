@@ -58,11 +58,14 @@ def tiny(
     output: Annotated[Path, typer.Option("--output", help="Folder to work in; a run that was stopped goes on there.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, weights and training.")] = 0,
     scale: Annotated[float, typer.Option("--scale", help="Share of the steps and documents, to try it.")] = 1.0,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="They divide each batch: one per core, or per GPU.")
+    ] = 1,
 ) -> None:
     """Train the small model that comes along: data, vision tower, pretraining, tuning, visual decoder."""
     from ..training.tiny import train_tiny
 
-    _say_where(train_tiny(output, seed, scale))
+    _say_where(train_tiny(output, seed, scale, processes))
 
 
 def _say_where(folder: Path) -> None:

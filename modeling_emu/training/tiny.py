@@ -1,8 +1,8 @@
 """The small Emu that comes along, from nothing: its data, its network, and every stage of its training.
 
 Each stage is a packaged recipe (`tiny-*.yaml`), run as `emu train` runs it. A stage that is done is not run again, and
-one that was stopped goes on from its last complete checkpoint. Small networks leave a second thread idle half of the time,
-so that processes are the better use of cores: under `torchrun` every stage divides its batches among them.
+one that was stopped goes on from its last complete checkpoint. Small networks leave a second thread idle most of the time,
+so that processes, which divide each batch, are the better use of cores.
 """
 
 import json
@@ -10,12 +10,13 @@ import logging
 import math
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import chdir
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import Blip2VisionConfig, CLIPImageProcessorPil, LlamaConfig
 
@@ -173,6 +174,7 @@ def run_stage(
     seed: int,
     scale: float,
     settings: Sequence[str] = (),
+    num_processes: int = 1,
 ) -> None:
     """Run a packaged recipe, unless that is done; a run that was stopped goes on from its last complete checkpoint.
 
@@ -183,6 +185,10 @@ def run_stage(
         seed: replaces the recipe's.
         scale: of the recipe's steps, how many are run.
         settings: `key=value`, which replace the recipe's.
+        num_processes: that divide each batch among them; 1 is this one.
+
+    Raises:
+        RuntimeError: if one of several processes fails.
     """
     values = read_recipe(recipe, settings)
     output_dir = Path(values["output_dir"])
@@ -192,10 +198,46 @@ def run_stage(
     settings = [*settings, f"seed={seed}", f"max_steps={math.ceil(values['max_steps'] * scale)}"]
     if get_last_complete_checkpoint(output_dir) is not None:
         settings.append("resume_from_checkpoint=true")
-    shutil.rmtree(output_dir / FINAL_FOLDER, ignore_errors=True)  # of a run that was stopped while it was written
+    if (output_dir / FINAL_FOLDER).exists():  # of a run that was stopped while it was written
+        shutil.rmtree(output_dir / FINAL_FOLDER)
     logger.info("stage %s", recipe)
-    run(*parse_as(recipe, settings, *classes))
+    if num_processes == 1:
+        run(*parse_as(recipe, settings, *classes))
+    else:
+        launch(recipe, divide_batch(recipe, settings, num_processes), num_processes)
     mark.touch()
+
+
+def divide_batch(recipe: str, settings: Sequence[str], num_processes: int) -> list[str]:
+    """The settings with each process's part of the recipe's batch.
+
+    Raises:
+        ValueError: if it cannot be divided.
+    """
+    batch_size = read_recipe(recipe, settings)["per_device_train_batch_size"]
+    if num_processes < 1 or batch_size % num_processes:
+        raise ValueError(f"processes: got {num_processes}, expected a divisor of {batch_size}, the batch of {recipe}")
+    return [*settings, f"per_device_train_batch_size={batch_size // num_processes}"]
+
+
+def launch(recipe: str, settings: Sequence[str], num_processes: int) -> None:
+    """Run a stage's recipe in new processes, a group for each stage: accelerate leaves it at the end of one.
+
+    Raises:
+        RuntimeError: if one of them fails.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "--no-python"]
+    code = f"import sys; from {__name__} import run_recipe; run_recipe(sys.argv[1], sys.argv[2:])"
+    command = [sys.executable, *launcher, sys.executable, "-c", code, recipe, *settings]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise RuntimeError(f"{num_processes} processes of {recipe}: got exit status {status}, expected 0")
+
+
+def run_recipe(recipe: str, settings: Sequence[str]) -> None:
+    """Run a stage's recipe in this process, which may be one of several."""
+    run, classes = next((run, classes) for name, run, classes in STAGES if name == recipe)
+    run(*parse_as(recipe, settings, *classes))
 
 
 def put_together(model_folder: Path, decoder_folder: Path, folder: Path) -> None:
@@ -217,33 +259,15 @@ def check_run(settings: dict[str, float]) -> None:
         raise ValueError(f"run: got {settings}, expected {found}, with which the stages in this folder were begun")
 
 
-def make_settings(num_processes: int, use_cpu: bool) -> dict[str, list[str]]:
-    """What a run changes of each recipe: the batch of a step is divided among the processes.
-
-    Raises:
-        ValueError: if it cannot be.
-    """
-    settings = {}
-    for recipe, _, _ in STAGES:
-        batch_size = read_recipe(recipe)["per_device_train_batch_size"]
-        if batch_size % num_processes:
-            raise ValueError(f"processes: got {num_processes}, expected a divisor of {batch_size}, the batch of {recipe}")
-        settings[recipe] = [
-            f"per_device_train_batch_size={batch_size // num_processes}",
-            f"use_cpu={str(use_cpu).lower()}",
-        ]
-    return settings
-
-
-def train_tiny(output: Path, seed: int = 0, scale: float = 1.0) -> Path:
-    """Train the small Emu through every stage, each from where the last time stopped.
-
-    On a GPU if there is one. In several processes (`torchrun`) all of them call it.
+def train_tiny(output: Path, seed: int = 0, scale: float = 1.0, num_processes: int = 1) -> Path:
+    """Train the small Emu through every stage, each from where the last time stopped; on a GPU if there is one.
 
     Args:
         output: the folder to work in; it keeps data, checkpoints and logs of all stages.
         seed: of data, weights and training.
         scale: of the recipes' steps and of the documents, how many are taken.
+        num_processes: that divide each batch among them. They read other documents than one process alone, so other
+            weights come out.
 
     Returns:
         The folder of the repository, without code: the tuned model at the root, the visual decoder in its folders.
@@ -251,25 +275,24 @@ def train_tiny(output: Path, seed: int = 0, scale: float = 1.0) -> Path:
     Raises:
         ValueError: if `scale` is not above 0, the processes cannot share a batch, or `output` holds a run of another seed
             or scale.
+        RuntimeError: if one of several processes fails.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale: got {scale}, expected more than 0 and at most 1")
-    use_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=use_cpu)
-    settings = make_settings(state.num_processes, use_cpu)
+    for recipe, _, _ in STAGES:
+        divide_batch(recipe, [], num_processes)
+    settings = [f"use_cpu={str(not torch.cuda.is_available()).lower()}"]
     output.mkdir(parents=True, exist_ok=True)
     with chdir(output):
-        with state.main_process_first():
-            check_run({"seed": seed, "scale": scale})
-            if not Path("data").exists():
-                counts = {kind: math.ceil(count * scale) for kind, count in NUM_DOCUMENTS.items()}
-                logger.info("writing %d documents", sum(counts.values()))
-                write_shards("data", counts, seed)
-            if not Path("untrained").exists():
-                make_untrained(Path("untrained"), seed)
+        check_run({"seed": seed, "scale": scale})
+        if not Path("data").exists():
+            counts = {kind: math.ceil(count * scale) for kind, count in NUM_DOCUMENTS.items()}
+            logger.info("writing %d documents", sum(counts.values()))
+            write_shards("data", counts, seed)
+        if not Path("untrained").exists():
+            make_untrained(Path("untrained"), seed)
         for recipe, run, classes in STAGES:
-            run_stage(recipe, run, classes, seed, scale, settings[recipe])
-        with state.main_process_first():
-            if not Path("emu_tiny").exists():
-                put_together(Path("instruct", FINAL_FOLDER), Path("decoder", FINAL_FOLDER), Path("emu_tiny"))
+            run_stage(recipe, run, classes, seed, scale, settings, num_processes)
+        if not Path("emu_tiny").exists():
+            put_together(Path("instruct", FINAL_FOLDER), Path("decoder", FINAL_FOLDER), Path("emu_tiny"))
     return output / "emu_tiny"

@@ -30,7 +30,7 @@ from modeling_emu.training.recipes import parse_as, read_recipe
 from modeling_emu.training.run import FINAL_FOLDER
 from modeling_emu.training.tiny import NUM_IMAGE_TOKENS, STAGES, check_run, make_untrained, run_stage, save_whole
 
-from .arms import ARMS, BEGINNINGS, DIFFUSION, Arm
+from .arms import ARMS, BEGINNINGS, DIFFUSION, PAIRS, Arm
 from .measuring import DRAWING, WRITING, measure_abilities, measure_losses
 from .text_to_image import TextToImagePipeline, train_text_to_image
 
@@ -180,6 +180,7 @@ class SeedRun:
                     f"decoder={decoder}",
                     f"output_dir={output_dir}",
                     f"precomputed={precomputed}",
+                    PAIRS,
                 ],
             )
             shutil.rmtree(precomputed, ignore_errors=True)  # hundreds of megabytes, and done with
