@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.objectives import runner
-from benchmarks.objectives.arms import ARMS, BEGINNINGS, DIFFUSION, FIRST_ARMS, HALF, LATER_ARMS, WHOLE
+from benchmarks.objectives.arms import ARMS, BEGINNINGS, DIFFUSION, FIRST_ARMS, HALF, LATER_ARMS, TRAIN_ALL, WHOLE
 from benchmarks.objectives.measuring import ABILITY_NAMES, LOSS_NAMES
 from benchmarks.objectives.moving_targets import compute_losses_with_moving_targets
 from benchmarks.objectives.report import NOTHING, draw_plot, make_table, summarise
 from benchmarks.objectives.runner import Settings, make_untrained_with, read_results, run_experiment, working_in
 from benchmarks.objectives.text_to_image import TEXT_LENGTH, Pairs, TextToImage, TextToImageTrainer, encode_texts
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from modeling_emu import EmuForMultimodalGeneration
-from modeling_emu.cli.loading import load_pipeline
+from modeling_emu.cli.loading import EMU_TINY, load_pipeline
 from modeling_emu.training.decoder_arguments import DecoderTrainingArguments
 from modeling_emu.training.recipes import parse_as
 
@@ -71,16 +71,17 @@ def test_an_arm_that_was_stopped_before_it_was_measured_is_not_trained_again(run
 
 
 def test_all_arms_of_a_seed_begin_alike(run):
-    """The same pairs in both layouts, one vision tower, and one U-Net."""
+    """The same pairs in both layouts, and the packaged model's encoder, which is frozen; all else is random, and learns."""
     folder = run / f"seed-{SEED}"
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
         "both", "data", DIFFUSION, "validation", WHOLE,
     ]  # fmt: skip
-    start = EmuForMultimodalGeneration.from_pretrained(folder / WHOLE / "vision" / "final").state_dict()
-    end = EmuForMultimodalGeneration.from_pretrained(folder / "both" / "language" / "final").state_dict()
+    paths = (EMU_TINY, folder / WHOLE / "start", folder / "both" / "language" / "final")
+    packaged, start, end = (EmuForMultimodalGeneration.from_pretrained(path).state_dict() for path in paths)
     for name, tensor in start.items():
-        is_frozen = name.startswith(("model.vision_model", "model.causal_former"))
-        assert torch.equal(tensor, end[name]) == is_frozen, name
+        is_encoder = name.startswith(("model.vision_model", "model.causal_former"))
+        assert torch.equal(tensor, packaged[name]) == is_encoder, name
+        assert torch.equal(tensor, end[name]) == is_encoder, name
 
 
 def test_other_settings_are_refused_in_the_same_folder(run):
@@ -111,14 +112,16 @@ def test_the_arms_are_those_that_were_asked_for():
     assert BEGINNINGS[HALF] * 2 == BEGINNINGS[WHOLE]
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.settings], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.name != DIFFUSION], ids=lambda arm: arm.name)
 def test_every_arm_is_a_recipe_with_the_losses_it_names(arm):
     arguments, training = parse_as("tiny-pretrain", arm.settings, *runner.STAGE_RUNS["tiny-pretrain"][1])
     weights = (arguments.objective["text_loss_weight"], arguments.objective["regression_loss_weight"])
     expected = {"text": (1, 0), "captioner": (1, 0), "regression": (0, 1)}
     assert weights == expected.get(arm.name, (1, 1))
     assert arm.draws == (weights[1] == 1)
-    assert (training.freeze == []) == arm.moves_encoder
+    assert (training.freeze == []) == (TRAIN_ALL in arm.settings)
+    is_packaged = training.freeze and arm.beginning == WHOLE and arguments.objective.get("regression_loss") != "cosine"
+    assert arm.tunes_decoder == (not is_packaged)
     [source] = arguments.sources
     assert source["kind"] == ("obelics" if arm.name == "captioner" else "image_text")
 
@@ -134,6 +137,25 @@ def test_half_the_image_tokens_are_half_everywhere(tmp_path):
     inputs = pipeline.processor(documents=[[{"type": "image", "image": image}]], return_tensors="pt")
     [embeds] = pipeline.multimodal_encoder.get_image_features(inputs["pixel_values"]).pooler_output
     assert embeds.shape == (2, 192)
+
+
+def test_an_arm_with_other_embeddings_tunes_the_visual_decoder(run, monkeypatch):
+    """Half the image tokens, and an encoder that learned to see with as many."""
+    monkeypatch.setattr("modeling_emu.evaluation.asking.NUM_INFERENCE_STEPS", 2)
+    run_experiment(run, [SEED], ["n-halved"], SETTINGS)
+    folder = run / f"seed-{SEED}"
+    encoder, end = (
+        EmuForMultimodalGeneration.from_pretrained(folder / path / "final").state_dict()
+        for path in ("half/vision", "n-halved/language")
+    )
+    is_encoder = [name.startswith(("model.vision_model", "model.causal_former")) for name in end]
+    assert [torch.equal(tensor, encoder[name]) for name, tensor in end.items()] == is_encoder
+    before, after = (
+        UNet2DConditionModel.from_pretrained(path / "unet").state_dict()
+        for path in (EMU_TINY, folder / "n-halved" / "decoder" / "final")
+    )
+    assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert [result["arm"] for result in read_results(run)] == ["both", DIFFUSION, "n-halved"]
 
 
 def test_targets_that_are_not_detached_have_the_same_loss_and_get_gradients(run):
@@ -172,22 +194,19 @@ def test_targets_that_are_not_detached_have_the_same_loss_and_get_gradients(run)
 
 @pytest.fixture
 def trainer(run, tmp_path):
-    """Makes trainers of the specialist, all alike, of two short stages."""
-    untrained = run / f"seed-{SEED}" / WHOLE / "untrained"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(untrained)
+    """Makes trainers of the specialist, all alike, of four steps."""
+    start = run / f"seed-{SEED}" / WHOLE / "start"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     pairs = Pairs(str(run / f"seed-{SEED}" / "data" / "caption" / "*.tar"), tokenizer, 32)
-    stages = [
-        DecoderTrainingArguments(
-            "out", 2, per_device_train_batch_size=2, learning_rate=rate, lr_scheduler_type=schedule, seed=1,
-            prediction_type="v_prediction", warmup_steps=1, ema_decay=0.5,
-        )
-        for rate, schedule in ((1e-3, "constant_with_warmup"), (5e-4, "cosine"))
-    ]  # fmt: skip
+    args = DecoderTrainingArguments(
+        "out", 4, per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="cosine", seed=1,
+        prediction_type="v_prediction", warmup_steps=1, ema_decay=0.5,
+    )  # fmt: skip
 
     def make():
-        model = TextToImage.from_untrained(untrained, seed=1)
-        scheduler = DDIMScheduler.from_pretrained(untrained / "scheduler")
-        return TextToImageTrainer(model, scheduler, pairs, encode_texts(tokenizer, [""])[0], stages, tmp_path, "cpu")
+        model = TextToImage.make(start, EMU_TINY, seed=1)
+        scheduler = DDIMScheduler.from_pretrained(EMU_TINY / "scheduler")
+        return TextToImageTrainer(model, scheduler, pairs, encode_texts(tokenizer, [""])[0], args, tmp_path, "cpu")
 
     return make
 
@@ -202,16 +221,19 @@ def test_the_specialist_learns_in_all_its_parts_and_goes_on_where_it_was_stopped
     resumed = trainer()
     assert resumed.checkpoint.exists()
     resumed.train()
-    assert resumed.step == resumed.num_steps == 4
+    assert resumed.step == 4
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, after[name]), name
 
 
-def test_the_learning_rate_is_that_of_the_stages_in_turn(trainer):
-    rates = [trainer().get_rate(step) for step in range(4)]
-    assert rates == pytest.approx([0, 1e-3, 0, 5e-4])
-    with pytest.raises(ValueError, match="expected less than 4"):
-        trainer().get_rate(4)
+def test_the_learning_rate_rises_and_falls_to_nothing(trainer, monkeypatch):
+    rates = []
+    monkeypatch.setattr(TextToImageTrainer, "_save", lambda trainer: rates.append(trainer.lr_schedule.get_last_lr()[0]))
+    monkeypatch.setattr("benchmarks.objectives.text_to_image.SAVE_STEPS", 1)
+    trainer().train()
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0)
 
 
 def test_every_pair_is_drawn_as_often_as_any_other(trainer):
@@ -267,7 +289,7 @@ def test_the_summary_is_the_mean_over_seeds(results):
 def test_the_table_has_means_with_their_range(results):
     lines = make_table(results).splitlines()
     assert lines[0] == (
-        "Mean over seeds (least to greatest); scale 0.25, vision_scale 0.5, num_pairs 40000, num_samples 200."
+        "Mean over seeds (least to greatest); scale 0.15, vision_scale 0.5, num_pairs 40000, num_samples 200."
     )
     header, _, both, captioner = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     assert header == ["arm", "seeds", *ABILITY_NAMES, *LOSS_NAMES, "what it is"]

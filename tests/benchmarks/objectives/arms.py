@@ -11,7 +11,7 @@ from .moving_targets import pretrain_with_moving_targets
 
 
 WHOLE, HALF = "whole", "half"
-# Beginnings that arms share: an untrained network, its vision stage, its decoder's first stage; with N of the network.
+# Whose encoder an arm begins with, by its image tokens: the packaged model's, or one that first learns to see by itself.
 BEGINNINGS = {WHOLE: NUM_IMAGE_TOKENS, HALF: NUM_IMAGE_TOKENS // 2}
 
 # The same pairs: in either order, and always as image, then caption.
@@ -30,11 +30,12 @@ class Arm:
     Args:
         name: in files and tables.
         what: what it is, in a line.
-        settings: of the recipe tiny-pretrain; none for a network that is no Emu.
-        draws: whether it is asked for pictures, for which an Emu gets a visual decoder.
+        settings: of the recipe tiny-pretrain; of tiny-decoder for the network that is no Emu.
+        draws: whether it is asked for pictures.
         beginning: one of `BEGINNINGS`.
         run: what runs the recipe.
-        moves_encoder: whether its image embeddings become others, so that the decoder's first stage is its own.
+        tunes_decoder: whether it regresses embeddings that the packaged visual decoder does not know, so that this is
+            tuned for it.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Arm:
     draws: bool = True
     beginning: str = WHOLE
     run: Callable[..., Path] = pretrain
-    moves_encoder: bool = False
+    tunes_decoder: bool = False
 
 
 DIFFUSION = "diffusion"
@@ -52,27 +53,34 @@ FIRST_ARMS = (
     Arm("text", "text loss alone", (PAIRS, *TEXT_LOSS), draws=False),
     Arm("regression", "regression loss alone", (PAIRS, *REGRESSION_LOSS)),
     Arm("captioner", "specialist: image, then caption, always; text loss alone", (PAGES, *TEXT_LOSS), draws=False),
-    Arm(DIFFUSION, "specialist: text encoder and U-Net, trained together, no Emu"),
+    Arm(DIFFUSION, "specialist: text encoder and U-Net, trained together, no Emu", ("learning_rate=1e-3",)),
 )
 LATER_ARMS = (
     Arm(
         "cosine",
         "both losses, the regression's is the cosine",
         (PAIRS, *BOTH_LOSSES, "objective.regression_loss=cosine"),
+        tunes_decoder=True,
     ),
     Arm(
         "encoder-trained",
         "both losses, the encoder learns too: what the next arm differs from",
         (PAIRS, *BOTH_LOSSES, TRAIN_ALL),
-        moves_encoder=True,
+        tunes_decoder=True,
     ),
     Arm(
         "not-detached",
         "both losses, the encoder learns too, also from being the regression's target",
         (PAIRS, *BOTH_LOSSES, TRAIN_ALL),
         run=pretrain_with_moving_targets,
-        moves_encoder=True,
+        tunes_decoder=True,
     ),
-    Arm("n-halved", f"both losses, {BEGINNINGS[HALF]} image tokens", (PAIRS, *BOTH_LOSSES), beginning=HALF),
+    Arm(
+        "n-halved",
+        f"both losses, {BEGINNINGS[HALF]} image tokens",
+        (PAIRS, *BOTH_LOSSES),
+        beginning=HALF,
+        tunes_decoder=True,
+    ),
 )
 ARMS = {arm.name: arm for arm in (*FIRST_ARMS, *LATER_ARMS)}

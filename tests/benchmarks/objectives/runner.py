@@ -3,8 +3,8 @@
 A run's folder has one folder per seed, and in it:
 
     data/, validation/              pairs and pages of the shapes' world
-    whole/ (half/)                  a beginning: untrained/, vision/, autoencoding/ (the decoder's first stage)
-    both/ (text/, ...)              an arm: language/, decoder/, result.json
+    whole/ (half/)                  a beginning: start/, and where the encoder is not the packaged one, untrained/, vision/
+    both/ (text/, ...)              an arm: language/, perhaps decoder/, result.json
 """
 
 import json
@@ -23,14 +23,14 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from filelock import FileLock, Timeout
 
 from modeling_emu import EmuForMultimodalGeneration, EmuPipeline, EmuProcessor
-from modeling_emu.cli.loading import load_pipeline
-from modeling_emu.hub.outputs import whole_file
+from modeling_emu.cli.loading import EMU_TINY, load_pipeline
+from modeling_emu.hub.outputs import whole_file, whole_folder
 from modeling_emu.shapes.shards import write_shards
 from modeling_emu.training.recipes import parse_as, read_recipe
 from modeling_emu.training.run import FINAL_FOLDER
 from modeling_emu.training.tiny import NUM_IMAGE_TOKENS, STAGES, check_run, make_untrained, run_stage, save_whole
 
-from .arms import ARMS, BEGINNINGS, DIFFUSION, PAIRS, Arm
+from .arms import ARMS, BEGINNINGS, DIFFUSION, PAIRS, WHOLE, Arm
 from .measuring import DRAWING, WRITING, measure_abilities, measure_losses
 from .text_to_image import TextToImagePipeline, train_text_to_image
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 PAGES_PER_SAMPLE = 5  # of the validation split, for each sample of the test
-VISION, LANGUAGE, AUTOENCODING, DECODER = "tiny-vision", "tiny-pretrain", "tiny-decoder-autoencoding", "tiny-decoder"
+VISION, LANGUAGE, DECODER = "tiny-vision", "tiny-pretrain", "tiny-decoder"
 STAGE_RUNS = {recipe: (run, classes) for recipe, run, classes in STAGES}
 
 
@@ -48,8 +48,8 @@ class Settings:
     """What a run's results depend on, beside seed and arm.
 
     Args:
-        scale: of the steps of the recipes, how many every arm takes.
-        vision_scale: the same of the vision stage, which all arms share.
+        scale: of the recipes' steps, how many every arm takes.
+        vision_scale: the same of the vision stage, for an encoder that is not the packaged one.
         num_pairs: for training.
         num_samples: for each share of right answers.
 
@@ -57,7 +57,7 @@ class Settings:
         ValueError: if a number cannot be.
     """
 
-    scale: float = 0.25
+    scale: float = 0.15
     vision_scale: float = 0.5
     num_pairs: int = 40_000
     num_samples: int = 200
@@ -110,8 +110,8 @@ class SeedRun:
             return
         logger.info("seed %d: %s", self.seed, arm.name)
         self.write_data()
-        self.prepare_beginning(arm.beginning)
-        measured = self.run_diffusion(arm) if arm.name == DIFFUSION else self.run_emu(arm)
+        start = self.prepare_beginning(arm.beginning)
+        measured = self.run_diffusion(arm, start) if arm.name == DIFFUSION else self.run_emu(arm, start)
         with whole_file(result) as path:
             entry = {"arm": arm.name, "seed": self.seed, "settings": asdict(self.settings), **measured}
             path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
@@ -128,12 +128,18 @@ class SeedRun:
             )
             write_shards("validation", counts, self.seed, "validation")
 
-    def prepare_beginning(self, name: str) -> None:
-        """The untrained network and its vision stage."""
-        untrained = Path(name, "untrained")
-        if not untrained.exists():
-            make_untrained_with(untrained, self.seed, BEGINNINGS[name])
-        self.run_stage(VISION, [f"model={untrained}", f"output_dir={name}/vision"], self.settings.vision_scale)
+    def prepare_beginning(self, name: str) -> Path:
+        """The network that arms begin with: an encoder that sees, and a language model and heads with random weights."""
+        start, encoder = Path(name, "start"), EMU_TINY
+        if name != WHOLE:
+            untrained, vision = Path(name, "untrained"), Path(name, "vision")
+            if not untrained.exists():
+                make_untrained_with(untrained, self.seed, BEGINNINGS[name])
+            self.run_stage(VISION, [f"model={untrained}", f"output_dir={vision}"], self.settings.vision_scale)
+            encoder = vision / FINAL_FOLDER
+        if not start.exists():
+            make_start(start, encoder, self.seed)
+        return start
 
     def run_stage(self, recipe: str, settings: Sequence[str], scale: float | None = None, run: Any = None) -> None:
         """A recipe with these settings, unless it is done; `run` and `scale` replace what is usual."""
@@ -141,16 +147,16 @@ class SeedRun:
         settings = [*settings, f"use_cpu={str(self.device == 'cpu').lower()}"]
         run_stage(recipe, run or usual, classes, self.seed, scale or self.settings.scale, settings)
 
-    def run_emu(self, arm: Arm) -> dict[str, Any]:
-        """Train an Emu and, if it draws, its visual decoder; gives what is measured."""
-        language, begin = f"{arm.name}/language", f"{arm.beginning}/vision/{FINAL_FOLDER}"
-        self.run_stage(LANGUAGE, [f"model={begin}", f"output_dir={language}", *arm.settings], run=arm.run)
-        model_folder, decoder = Path(language, FINAL_FOLDER), Path(arm.beginning, "untrained")
-        if arm.draws:
-            decoder = self.train_decoder(arm, model_folder)
+    def run_emu(self, arm: Arm, start: Path) -> dict[str, Any]:
+        """Train an Emu; gives what is measured."""
+        language = Path(arm.name, "language")
+        self.run_stage(LANGUAGE, [f"model={start}", f"output_dir={language}", *arm.settings], run=arm.run)
+        model, decoder = language / FINAL_FOLDER, EMU_TINY
+        if arm.tunes_decoder:
+            decoder = self.tune_decoder(arm, model)
         pipeline = EmuPipeline(
-            EmuForMultimodalGeneration.from_pretrained(model_folder),
-            EmuProcessor.from_pretrained(model_folder),
+            EmuForMultimodalGeneration.from_pretrained(model),
+            EmuProcessor.from_pretrained(model),
             UNet2DConditionModel.from_pretrained(decoder / "unet"),
             None,
             DDIMScheduler.from_pretrained(decoder / "scheduler"),
@@ -161,45 +167,39 @@ class SeedRun:
         losses = measure_losses(pipeline.multimodal_encoder, pipeline.processor, "validation", regresses=arm.draws)
         return {"figures": figures, "losses": losses}
 
-    def train_decoder(self, arm: Arm, model: Path) -> Path:
-        """Both stages of an arm's visual decoder; the first is shared where the arm's encoder is. Gives the folder."""
-        owner, encoder = arm.beginning, Path(arm.beginning, "vision", FINAL_FOLDER)
-        if arm.moves_encoder:
-            owner, encoder = arm.name, model
-        first, second = Path(owner, "autoencoding"), Path(arm.name, "decoder")
-        stages = (
-            (AUTOENCODING, first, encoder, Path(arm.beginning, "untrained")),
-            (DECODER, second, model, first / FINAL_FOLDER),
-        )
-        for recipe, output_dir, model_folder, decoder in stages:
-            precomputed = output_dir / "precomputed"
-            self.run_stage(
-                recipe,
-                [
-                    f"model={model_folder}",
-                    f"decoder={decoder}",
-                    f"output_dir={output_dir}",
-                    f"precomputed={precomputed}",
-                    PAIRS,
-                ],
-            )
-            shutil.rmtree(precomputed, ignore_errors=True)  # hundreds of megabytes, and done with
-        return second / FINAL_FOLDER
+    def tune_decoder(self, arm: Arm, model: Path) -> Path:
+        """The packaged visual decoder, tuned to what an arm regresses. Gives the folder."""
+        decoder = Path(arm.name, "decoder")
+        precomputed = decoder / "precomputed"
+        settings = [f"model={model}", f"decoder={EMU_TINY}", f"output_dir={decoder}", f"precomputed={precomputed}"]
+        self.run_stage(DECODER, [*settings, PAIRS])
+        shutil.rmtree(precomputed, ignore_errors=True)  # hundreds of megabytes, and done with
+        return decoder / FINAL_FOLDER
 
-    def run_diffusion(self, arm: Arm) -> dict[str, Any]:
-        """Train the specialist for pictures with as many steps as both decoder's stages; gives what is measured."""
-        stages = []
-        for recipe in (AUTOENCODING, DECODER):
-            max_steps = math.ceil(read_recipe(recipe)["max_steps"] * self.settings.scale)
-            settings = [f"seed={self.seed}", f"max_steps={max_steps}"]
-            stages.append(parse_as(recipe, settings, *STAGE_RUNS[recipe][1])[1])
-        folder, untrained = Path(arm.name), Path(arm.beginning, "untrained")
-        train_text_to_image(untrained, "data/caption/*.tar", stages, folder, self.device)
+    def run_diffusion(self, arm: Arm, start: Path) -> dict[str, Any]:
+        """Train the specialist for pictures in as many steps as the others; gives what is measured."""
+        max_steps = math.ceil(read_recipe(LANGUAGE)["max_steps"] * self.settings.scale)
+        settings = [f"seed={self.seed}", f"max_steps={max_steps}", *arm.settings]
+        _, arguments = parse_as(DECODER, settings, *STAGE_RUNS[DECODER][1])
+        folder = Path(arm.name)
+        train_text_to_image(start, EMU_TINY, "data/caption/*.tar", arguments, folder, self.device)
         pipeline = TextToImagePipeline(folder / FINAL_FOLDER, self.device)
         return {
             "figures": measure_abilities(pipeline, [DRAWING], self.settings.num_samples, self.seed),
             "losses": {},
         }
+
+
+def make_start(folder: Path, encoder: Path, seed: int) -> None:
+    """Write a model with the encoder, the sizes and the processor of another one, all else with random weights."""
+    model = EmuForMultimodalGeneration.from_pretrained(encoder)
+    torch.manual_seed(seed)
+    start = EmuForMultimodalGeneration(model.config)
+    for part in ("vision_model", "causal_former"):
+        getattr(start.model, part).load_state_dict(getattr(model.model, part).state_dict())
+    with whole_folder(folder) as output:
+        start.save_pretrained(output)
+        EmuProcessor.from_pretrained(encoder).save_pretrained(output)
 
 
 def make_untrained_with(folder: Path, seed: int, num_image_tokens: int) -> None:

@@ -1,6 +1,7 @@
 """The specialist for pictures: a text encoder and a U-Net, trained together; no Emu, and no image embeddings.
 
-The text encoder is the language model of the small Emu, untrained, with its tokenizer. Texts are padded to one length and the
+The text encoder is the language model of the small Emu, untrained, with its tokenizer; the U-Net is that of its visual
+decoder. Texts are padded to one length and the
 U-Net attends to the padding too, as in Stable Diffusion. A dropped condition is the empty text.
 
 Shapes: B pictures, L positions of a text, D width of the language model, C channels, H and W in pixels.
@@ -28,6 +29,7 @@ from modeling_emu.training.decoder_data import make_pixels, scale_pixels
 
 TEXT_LENGTH = 48  # of the world's captions the longest has a good 30 tokens
 SAVE_STEPS = 250
+STATES = ("model", "optimizer", "lr_schedule", "ema")  # of the trainer, in a checkpoint
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
@@ -56,11 +58,11 @@ class TextToImage(nn.Module):
         self.unet = unet
 
     @classmethod
-    def from_untrained(cls, folder: Path, seed: int) -> "TextToImage":
-        """A text encoder of the size of an Emu's language model, with random weights, and that Emu's U-Net."""
+    def make(cls, start: Path, decoder: Path, seed: int) -> "TextToImage":
+        """A text encoder of the size of an Emu's language model, with random weights, and a visual decoder's U-Net."""
         torch.manual_seed(seed)
-        text_encoder = AutoModel.from_config(EmuConfig.from_pretrained(folder).text_config)
-        return cls(text_encoder, UNet2DConditionModel.from_pretrained(folder / "unet"))
+        text_encoder = AutoModel.from_config(EmuConfig.from_pretrained(start).text_config)
+        return cls(text_encoder, UNet2DConditionModel.from_pretrained(decoder / "unet"))
 
     def encode(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, L, D)` of `(B, L)` token ids. No position reads the padding that follows it."""
@@ -96,14 +98,14 @@ class Pairs:
 
 
 class TextToImageTrainer:
-    """Trains with the numbers of one or more of the visual decoder's recipes, one after another.
+    """Trains with the numbers of a recipe of the visual decoder.
 
     Args:
         model: what is trained, all of it.
         scheduler: whose betas are those of training.
         pairs: what is learned.
         empty_ids: `(L,)`, long, the text that stands for a condition that is dropped.
-        stages: the recipes; their batch sizes, seeds and averages must agree. Each begins its learning rate anew.
+        args: the recipe.
         folder: for the checkpoint; training goes on from the one that is there.
     """
 
@@ -113,39 +115,26 @@ class TextToImageTrainer:
         scheduler: DDIMScheduler,
         pairs: Pairs,
         empty_ids: torch.Tensor,
-        stages: Sequence[DecoderTrainingArguments],
+        args: DecoderTrainingArguments,
         folder: Path,
         device: str,
     ):
-        self.args, self.stages = stages[0], stages
+        self.args = args
         self.model = model.to(device).train()
-        self.scheduler = DDPMScheduler.from_config(scheduler.config, prediction_type=self.args.prediction_type)
+        self.scheduler = DDPMScheduler.from_config(scheduler.config, prediction_type=args.prediction_type)
         self.pairs, self.empty_ids, self.device = pairs, empty_ids, device
         self.checkpoint = folder / "checkpoint.pt"
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-            weight_decay=self.args.weight_decay,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
         )
-        self.factors = [make_schedule(self.optimizer, args).lr_lambdas[0] for args in stages]
-        self.ema = EMAModel(self.parameters, decay=self.args.ema_decay)
+        self.lr_schedule = make_schedule(self.optimizer, args)
+        self.ema = EMAModel(self.parameters, decay=args.ema_decay)
         self.step = 0
-
-    @property
-    def num_steps(self) -> int:
-        """Of all stages."""
-        return sum(args.max_steps for args in self.stages)
-
-    def get_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        for args, get_factor in zip(self.stages, self.factors, strict=True):
-            if step < args.max_steps:
-                return args.learning_rate * get_factor(step)
-            step -= args.max_steps
-        raise ValueError(f"step: got one that is {step} after the last, expected less than {self.num_steps}")
 
     def train(self) -> None:
         """Train to the end, and leave the averaged weights in the model."""
@@ -153,7 +142,7 @@ class TextToImageTrainer:
             self._load()
         size = self.args.per_device_train_batch_size
         rows = self.pairs.draw_rows(self.args.seed, self.step * size)
-        while self.step < self.num_steps:
+        while self.step < self.args.max_steps:
             self._take_step([next(rows) for _ in range(size)])
             if self.step % SAVE_STEPS == 0:
                 self._save()
@@ -171,19 +160,18 @@ class TextToImageTrainer:
         noisy, target, timesteps, input_ids = (
             tensor.to(self.device) for tensor in (noisy, target, draws.timesteps, input_ids)
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.get_rate(self.step)
         loss = functional.mse_loss(self.model(noisy, timesteps, input_ids), target)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
         self.optimizer.step()
+        self.lr_schedule.step()
         self.optimizer.zero_grad()
         self.ema.step(self.parameters)
         self.step += 1
 
     def _save(self) -> None:
         """Write a checkpoint, whole or not at all."""
-        state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "ema")}
+        state = {name: getattr(self, name).state_dict() for name in STATES}
         partial = self.checkpoint.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state | {"step": self.step}, partial)
@@ -192,31 +180,32 @@ class TextToImageTrainer:
     def _load(self) -> None:
         """Go on from the checkpoint."""
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        for name in ("model", "optimizer", "ema"):
+        for name in STATES:
             getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
 
 
 def train_text_to_image(
-    untrained: Path, files: str, stages: Sequence[DecoderTrainingArguments], folder: Path, device: str
+    start: Path, decoder: Path, files: str, args: DecoderTrainingArguments, folder: Path, device: str
 ) -> None:
     """Train the specialist, unless that is done; `folder / "final"` holds it then.
 
     Args:
-        untrained: repository of an Emu, for the sizes, the tokenizer, the U-Net and the scheduler.
+        start: an Emu, for the sizes and the tokenizer.
+        decoder: repository with the U-Net to begin with, and the scheduler.
         files: shards of image-text pairs.
-        stages: see `TextToImageTrainer`.
+        args: see `TextToImageTrainer`.
         folder: to work in.
         device: as torch names it.
     """
     final = folder / "final"
     if final.exists():
         return
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(untrained)
-    model = TextToImage.from_untrained(untrained, stages[0].seed)
-    scheduler = DDIMScheduler.from_pretrained(untrained / "scheduler")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
+    model = TextToImage.make(start, decoder, args.seed)
+    scheduler = DDIMScheduler.from_pretrained(decoder / "scheduler")
     pairs = Pairs(files, tokenizer, model.unet.config.sample_size)
-    TextToImageTrainer(model, scheduler, pairs, encode_texts(tokenizer, [""])[0], stages, folder, device).train()
+    TextToImageTrainer(model, scheduler, pairs, encode_texts(tokenizer, [""])[0], args, folder, device).train()
     with whole_folder(final) as output:
         model.text_encoder.save_pretrained(output / "text_encoder")
         model.unet.save_pretrained(output / "unet")
