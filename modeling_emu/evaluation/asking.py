@@ -17,7 +17,7 @@ from ..processing_emu import EmuProcessor
 TEXTS_AT_ONCE = 50
 PICTURES_AT_ONCE = 32
 NUM_INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 2.5
+GUIDANCE_SCALE = 1.0  # none: it made the small model add objects, and colours run
 
 Entry = TypeVar("Entry")
 Conversation = list[dict[str, Any]]
