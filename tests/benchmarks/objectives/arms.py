@@ -53,7 +53,11 @@ FIRST_ARMS = (
     Arm("text", "text loss alone", (PAIRS, *TEXT_LOSS), draws=False),
     Arm("regression", "regression loss alone", (PAIRS, *REGRESSION_LOSS)),
     Arm("captioner", "specialist: image, then caption, always; text loss alone", (PAGES, *TEXT_LOSS), draws=False),
-    Arm(DIFFUSION, "specialist: text encoder and U-Net, trained together, no Emu", ("learning_rate=1e-3",)),
+    Arm(
+        DIFFUSION,
+        "specialist: text encoder and U-Net, trained together, no Emu",
+        ("learning_rate=1e-3", "per_device_train_batch_size=32"),
+    ),
 )
 LATER_ARMS = (
     Arm(
