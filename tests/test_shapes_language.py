@@ -28,6 +28,7 @@ from modeling_emu.shapes.questions import (
     draw_clip_question,
     draw_clip_quiz,
     draw_dialogue,
+    draw_lookups,
     draw_question,
     draw_quiz,
     majority_baseline,
@@ -341,6 +342,18 @@ def test_a_quiz_has_different_questions_that_stand_alone_and_half_of_them_ask_fo
         assert sum(question.answer in ("yes.", "no.") for question in quiz) == length / 2
     kinds = {question.kind for quiz, *_ in quizzes for question in quiz}
     assert kinds == {*QUESTION_KINDS, *CLIP_QUESTION_KINDS}
+
+
+def test_lookups_are_different_questions_and_half_of_them_ask_for_a_place():
+    rng = random.Random(0)
+    kinds: Counter[str] = Counter()
+    for scene in [scene for scene in draw_scenes(900, seed=7) if len(scene.items) > 1]:
+        lookups = draw_lookups(scene, rng)
+        assert len({question.text for question in lookups}) == len(lookups) == 8
+        assert [question.answer for question in lookups] == [find_answer(question.text, scene) for question in lookups]
+        kinds.update(question.kind for question in lookups)
+    assert set(kinds) == {"place", "colour", "shape", "size"}
+    assert 0.4 < kinds["place"] / kinds.total() < 0.6
 
 
 def test_no_pronoun_asks_for_what_the_name_before_it_has_said():

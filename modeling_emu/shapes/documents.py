@@ -23,7 +23,15 @@ from .captions import (
     write_clip_caption,
     write_panel,
 )
-from .questions import Question, draw_clip_question, draw_clip_quiz, draw_dialogue, draw_question, draw_quiz
+from .questions import (
+    Question,
+    draw_clip_question,
+    draw_clip_quiz,
+    draw_dialogue,
+    draw_lookups,
+    draw_question,
+    draw_quiz,
+)
 from .render import render_clip, render_scene
 from .scenes import (
     COLOURS,
@@ -49,6 +57,7 @@ TEXT_PATTERNS = ("colour", "shape", "place", "number")
 IMAGE_PATTERNS = ("colour", "shape", "place")
 # Splits of a story's later scenes, by that of its first.
 STORY_SPLITS = {split: SPLITS[: index + 1] for index, split in enumerate(SPLITS)} | {UNSEEN: (UNSEEN,)}
+LOOKUP_ITEMS = (2, 3, 3)
 STORY_EVENTS = ("arrival", "colour", "size", "place")
 
 
@@ -155,6 +164,12 @@ def draw_quiz_task(rng: random.Random, split: str) -> Task:
     """A picture and many questions about it: more answers to learn from in as many tokens."""
     scene = draw_scene(rng, split)
     return make_turns_task("quiz", make_image(scene, rng), scene, draw_quiz(scene, rng))
+
+
+def draw_lookup_task(rng: random.Random, split: str) -> Task:
+    """A picture of several objects and many questions for their attributes."""
+    scene = draw_scene(rng, split, rng.choice(LOOKUP_ITEMS))
+    return make_turns_task("lookup", make_image(scene, rng), scene, draw_lookups(scene, rng))
 
 
 def draw_clip_quiz_task(rng: random.Random, split: str) -> Task:
@@ -278,12 +293,13 @@ _DRAWERS: dict[str, Callable[[random.Random, str], Task]] = {
     "dialogue": draw_dialogue_task,
     "quiz": draw_quiz_task,
     "clip_quiz": draw_clip_quiz_task,
+    "lookup": draw_lookup_task,
     "story": draw_story_task,
     "pattern_text": draw_text_pattern_task,
     "pattern_image": draw_image_pattern_task,
     "blend": draw_blend_task,
 }
-QUIZ_KINDS = ("quiz", "clip_quiz")  # to learn from; what they ask, "question" and "clip_question" judge
+QUIZ_KINDS = ("quiz", "clip_quiz", "lookup")  # to learn from; what they ask, "question" and "clip_question" judge
 TASK_KINDS = tuple(kind for kind in _DRAWERS if kind not in QUIZ_KINDS)
 
 

@@ -184,6 +184,8 @@ QUESTION_KINDS, CLIP_QUESTION_KINDS = tuple(SCENE_ASKERS), tuple(CLIP_ASKERS)
 KINDS_OF_SEVERAL_ITEMS = ("relation", "neighbour")
 YES_OR_NO_KINDS = ("existence", "relation", "action")
 QUIZ_LENGTH, CLIP_QUIZ_LENGTH = 8, 6
+# What lookups ask for, and how often each: a place is what is hardest to find by a name.
+LOOKUPS = {"place": 5, "colour": 3, "shape": 1, "size": 1}
 
 
 def list_kinds(scene: Scene) -> list[str]:
@@ -212,6 +214,20 @@ def draw_quiz(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
 def draw_clip_quiz(clip: Clip, rng: random.Random) -> tuple[Question, ...]:
     """Six different questions on one clip, half of them answered by yes or no."""
     return draw_different(lambda kind: CLIP_ASKERS[kind](clip, rng), CLIP_QUESTION_KINDS, CLIP_QUIZ_LENGTH, rng)
+
+
+def draw_lookups(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
+    """Eight different questions for one attribute of one object, half of them for its place.
+
+    Captions name objects in reading order, so that they teach places in turn and no place of a thing by its name. What
+    relations and neighbours build on is learned from these.
+    """
+    kinds = [kind for kind, weight in LOOKUPS.items() for _ in range(weight)]
+    questions: dict[str, Question] = {}
+    while len(questions) < QUIZ_LENGTH:
+        question = ask_attribute(scene, rng, rng.choice(kinds))
+        questions.setdefault(question.text, question)
+    return tuple(rng.sample(list(questions.values()), QUIZ_LENGTH))
 
 
 def draw_different(

@@ -40,6 +40,7 @@ SHARD_LAYOUTS = {
     "dialogue": ("instruction", "*.jsonl"),
     "quiz": ("instruction", "*.jsonl"),
     "clip_quiz": ("instruction", "*.jsonl"),
+    "lookup": ("instruction", "*.jsonl"),
 }
 # The same tasks as pages of plain text and pictures, frames of a video one by one: what a model reads before it is tuned.
 PAGE_SUFFIX = "_page"

@@ -61,6 +61,7 @@ NUM_DOCUMENTS = {
     "blend": 12_000,
     "quiz_page": 40_000,
     "clip_quiz_page": 20_000,
+    "lookup_page": 24_000,
     "dialogue_page": 16_000,
     "quiz": 10_000,
     "clip_quiz": 6_000,
