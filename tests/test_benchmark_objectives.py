@@ -288,7 +288,7 @@ def test_the_summary_is_the_mean_over_seeds(results):
 def test_the_table_has_means_with_their_range(results):
     lines = make_table(results).splitlines()
     assert lines[0] == (
-        "Mean over seeds (least to greatest); scale 0.2, vision_scale 0.5, num_pairs 40000, num_samples 200."
+        "Mean over seeds (least to greatest); scale 0.15, vision_scale 0.5, num_pairs 40000, num_samples 200."
     )
     header, _, both, captioner = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     assert header == ["arm", "seeds", *ABILITY_NAMES, *LOSS_NAMES, "what it is"]

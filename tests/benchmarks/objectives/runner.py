@@ -57,7 +57,7 @@ class Settings:
         ValueError: if a number cannot be.
     """
 
-    scale: float = 0.2
+    scale: float = 0.15
     vision_scale: float = 0.5
     num_pairs: int = 40_000
     num_samples: int = 200
