@@ -208,12 +208,12 @@ def draw_quiz(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
 
     Half of them are answered by yes or no: such answers say least each, and take the most examples to learn.
     """
-    return draw_different(lambda kind: SCENE_ASKERS[kind](scene, rng), list_kinds(scene), QUIZ_LENGTH, rng)
+    return draw_mixed(lambda kind: SCENE_ASKERS[kind](scene, rng), list_kinds(scene), QUIZ_LENGTH, rng)
 
 
 def draw_clip_quiz(clip: Clip, rng: random.Random) -> tuple[Question, ...]:
     """Six different questions on one clip, half of them answered by yes or no."""
-    return draw_different(lambda kind: CLIP_ASKERS[kind](clip, rng), CLIP_QUESTION_KINDS, CLIP_QUIZ_LENGTH, rng)
+    return draw_mixed(lambda kind: CLIP_ASKERS[kind](clip, rng), CLIP_QUESTION_KINDS, CLIP_QUIZ_LENGTH, rng)
 
 
 def draw_lookups(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
@@ -223,14 +223,10 @@ def draw_lookups(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
     relations and neighbours build on is learned from these.
     """
     kinds = [kind for kind, weight in LOOKUPS.items() for _ in range(weight)]
-    questions: dict[str, Question] = {}
-    while len(questions) < QUIZ_LENGTH:
-        question = ask_attribute(scene, rng, rng.choice(kinds))
-        questions.setdefault(question.text, question)
-    return tuple(rng.sample(list(questions.values()), QUIZ_LENGTH))
+    return draw_different(lambda _: ask_attribute(scene, rng, rng.choice(kinds)), QUIZ_LENGTH, rng)
 
 
-def draw_different(
+def draw_mixed(
     ask: Callable[[str], Question], kinds: Sequence[str], num_questions: int, rng: random.Random
 ) -> tuple[Question, ...]:
     """Different questions in random order, every other one of a kind that is answered by yes or no.
@@ -241,9 +237,18 @@ def draw_different(
     """
     yes_or_no = [kind for kind in kinds if kind in YES_OR_NO_KINDS]
     others = [kind for kind in kinds if kind not in YES_OR_NO_KINDS]
+    return draw_different(lambda place: ask(rng.choice(yes_or_no if place % 2 else others)), num_questions, rng)
+
+
+def draw_different(ask: Callable[[int], Question], num_questions: int, rng: random.Random) -> tuple[Question, ...]:
+    """Different questions in random order.
+
+    Args:
+        ask: gives a question, told how many there are so far; asked again where it repeats itself.
+    """
     questions: dict[str, Question] = {}
     while len(questions) < num_questions:
-        question = ask(rng.choice(yes_or_no if len(questions) % 2 else others))
+        question = ask(len(questions))
         questions.setdefault(question.text, question)
     return tuple(rng.sample(list(questions.values()), num_questions))
 
