@@ -27,6 +27,7 @@ from modeling_emu.shapes.questions import (
     Question,
     draw_clip_question,
     draw_clip_quiz,
+    draw_comparisons,
     draw_dialogue,
     draw_lookups,
     draw_question,
@@ -354,6 +355,18 @@ def test_lookups_are_different_questions_and_half_of_them_ask_for_a_place():
         kinds.update(question.kind for question in lookups)
     assert set(kinds) == {"place", "colour", "shape", "size"}
     assert 0.4 < kinds["place"] / kinds.total() < 0.6
+
+
+def test_comparisons_are_different_questions_on_several_objects_at_once():
+    rng = random.Random(0)
+    kinds: Counter[str] = Counter()
+    for scene in [scene for scene in draw_scenes(900, seed=7) if len(scene.items) > 1]:
+        comparisons = draw_comparisons(scene, rng)
+        assert len({question.text for question in comparisons}) == len(comparisons) == 8
+        assert [question.answer for question in comparisons] == [find_answer(q.text, scene) for q in comparisons]
+        kinds.update(question.kind for question in comparisons)
+    assert set(kinds) == {"relation", "neighbour", "count"}
+    assert kinds["count"] < kinds["neighbour"] < kinds["relation"]
 
 
 def test_no_pronoun_asks_for_what_the_name_before_it_has_said():

@@ -27,6 +27,7 @@ from .questions import (
     Question,
     draw_clip_question,
     draw_clip_quiz,
+    draw_comparisons,
     draw_dialogue,
     draw_lookups,
     draw_question,
@@ -57,7 +58,7 @@ TEXT_PATTERNS = ("colour", "shape", "place", "number")
 IMAGE_PATTERNS = ("colour", "shape", "place")
 # Splits of a story's later scenes, by that of its first.
 STORY_SPLITS = {split: SPLITS[: index + 1] for index, split in enumerate(SPLITS)} | {UNSEEN: (UNSEEN,)}
-LOOKUP_ITEMS = (2, 3, 3)
+NUMBERS_OF_SEVERAL = (2, 3, 3)  # objects, of scenes that are asked about by name
 STORY_EVENTS = ("arrival", "colour", "size", "place")
 
 
@@ -168,8 +169,14 @@ def draw_quiz_task(rng: random.Random, split: str) -> Task:
 
 def draw_lookup_task(rng: random.Random, split: str) -> Task:
     """A picture of several objects and many questions for their attributes."""
-    scene = draw_scene(rng, split, rng.choice(LOOKUP_ITEMS))
+    scene = draw_scene(rng, split, rng.choice(NUMBERS_OF_SEVERAL))
     return make_turns_task("lookup", make_image(scene, rng), scene, draw_lookups(scene, rng))
+
+
+def draw_comparison_task(rng: random.Random, split: str) -> Task:
+    """A picture of several objects and many questions that take a look at several of them at once."""
+    scene = draw_scene(rng, split, rng.choice(NUMBERS_OF_SEVERAL))
+    return make_turns_task("comparison", make_image(scene, rng), scene, draw_comparisons(scene, rng))
 
 
 def draw_clip_quiz_task(rng: random.Random, split: str) -> Task:
@@ -294,12 +301,14 @@ _DRAWERS: dict[str, Callable[[random.Random, str], Task]] = {
     "quiz": draw_quiz_task,
     "clip_quiz": draw_clip_quiz_task,
     "lookup": draw_lookup_task,
+    "comparison": draw_comparison_task,
     "story": draw_story_task,
     "pattern_text": draw_text_pattern_task,
     "pattern_image": draw_image_pattern_task,
     "blend": draw_blend_task,
 }
-QUIZ_KINDS = ("quiz", "clip_quiz", "lookup")  # to learn from; what they ask, "question" and "clip_question" judge
+# To learn from; what they ask, "question" and "clip_question" judge.
+QUIZ_KINDS = ("quiz", "clip_quiz", "lookup", "comparison")
 TASK_KINDS = tuple(kind for kind in _DRAWERS if kind not in QUIZ_KINDS)
 
 

@@ -186,6 +186,7 @@ YES_OR_NO_KINDS = ("existence", "relation", "action")
 QUIZ_LENGTH, CLIP_QUIZ_LENGTH = 8, 6
 # What lookups ask for, and how often each: a place is what is hardest to find by a name.
 LOOKUPS = {"place": 5, "colour": 3, "shape": 1, "size": 1}
+COMPARISONS = {"relation": 4, "neighbour": 4, "count": 2}
 
 
 def list_kinds(scene: Scene) -> list[str]:
@@ -222,8 +223,21 @@ def draw_lookups(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
     Captions name objects in reading order, so that they teach places in turn and no place of a thing by its name. What
     relations and neighbours build on is learned from these.
     """
-    kinds = [kind for kind, weight in LOOKUPS.items() for _ in range(weight)]
-    return draw_different(lambda _: ask_attribute(scene, rng, rng.choice(kinds)), QUIZ_LENGTH, rng)
+    return draw_weighted(LOOKUPS, scene, rng)
+
+
+def draw_comparisons(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
+    """Eight different questions that take a look at several objects at once, for a scene of two or more.
+
+    Quizzes ask them too seldom to be learned: not every scene allows them, and their answers join what lookups give.
+    """
+    return draw_weighted(COMPARISONS, scene, rng)
+
+
+def draw_weighted(weights: dict[str, int], scene: Scene, rng: random.Random) -> tuple[Question, ...]:
+    """Eight different questions of these kinds, each kind as often as its weight says."""
+    kinds = [kind for kind, weight in weights.items() for _ in range(weight)]
+    return draw_different(lambda _: SCENE_ASKERS[rng.choice(kinds)](scene, rng), QUIZ_LENGTH, rng)
 
 
 def draw_mixed(

@@ -41,6 +41,7 @@ SHARD_LAYOUTS = {
     "quiz": ("instruction", "*.jsonl"),
     "clip_quiz": ("instruction", "*.jsonl"),
     "lookup": ("instruction", "*.jsonl"),
+    "comparison": ("instruction", "*.jsonl"),
 }
 # The same tasks as pages of plain text and pictures, frames of a video one by one: what a model reads before it is tuned.
 PAGE_SUFFIX = "_page"
