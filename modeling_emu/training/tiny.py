@@ -62,10 +62,10 @@ NUM_DOCUMENTS = {
     "quiz_page": 40_000,
     "clip_quiz_page": 20_000,
     "lookup_page": 24_000,
-    "comparison_page": 16_000,
+    "comparison_page": 24_000,
     "dialogue_page": 16_000,
     "quiz": 10_000,
-    "comparison": 5_000,
+    "comparison": 8_000,
     "clip_quiz": 6_000,
     "dialogue": 12_000,
 }
