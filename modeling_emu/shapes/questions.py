@@ -186,6 +186,7 @@ YES_OR_NO_KINDS = ("existence", "relation", "action")
 QUIZ_LENGTH, CLIP_QUIZ_LENGTH = 8, 6
 # What lookups ask for, and how often each: a place is what is hardest to find by a name.
 LOOKUPS = {"place": 5, "colour": 3, "shape": 1, "size": 1}
+# What comparisons ask for; neighbours come out rarer, as a scene has few such questions.
 COMPARISONS = {"relation": 4, "neighbour": 4, "count": 2}
 
 
@@ -235,7 +236,7 @@ def draw_comparisons(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
 
 
 def draw_weighted(weights: dict[str, int], scene: Scene, rng: random.Random) -> tuple[Question, ...]:
-    """Eight different questions of these kinds, each kind as often as its weight says."""
+    """Eight different questions; each draw's kind is as likely as its weight says, and repeats are drawn again."""
     kinds = [kind for kind, weight in weights.items() for _ in range(weight)]
     return draw_different(lambda _: SCENE_ASKERS[rng.choice(kinds)](scene, rng), QUIZ_LENGTH, rng)
 
