@@ -1,12 +1,8 @@
 """Two processes that share one model give what one process gives."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from conftest import BOS, image_ids, make_batch, make_model
+from python_processes import TESTS, TWO_PROCESSES, run_python
 from torch.testing import assert_close
 
 
@@ -15,15 +11,9 @@ def test_two_processes_equal_one(tmp_path):
     model.save_pretrained(tmp_path / "model")
     batch = make_batch([[BOS, *image_ids(), 5, 6], [BOS, 7]], num_images=1)
     torch.save(batch, tmp_path / "inputs.pt")
-    script = Path(__file__).with_name("tensor_parallel_run.py")
+    script = TESTS / "tensor_parallel_run.py"
     arguments = [str(tmp_path / "model"), str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *arguments],
-        env=os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    process = run_python(*TWO_PROCESSES, str(script), *arguments)
     assert process.returncode == 0, process.stderr
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     assert any(name.endswith("self_attn.q_proj.weight") for name in outputs["sharded"])

@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import BOS, EOS, GOLDENS, image_ids, make_model
+from python_processes import TESTS, run_python
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.data import IterableDataset
@@ -25,20 +23,12 @@ from modeling_emu.training.parts import PARTS, freeze_parts, get_part
 from modeling_emu.training.trainer import EmuTrainer, EvaluationShare, count_targets
 
 
-TESTS = Path(__file__).parent
 RELATIVE = 1e-6  # float32, other orders of summation
 
 
 def run_script(name: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(TESTS / name), *arguments],
-        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    return run_python(*(launcher if processes > 1 else []), str(TESTS / name), *arguments)
 
 
 def make_trainer(tmp_path, model=None, samples=None, **kwargs) -> EmuTrainer:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from python_processes import run_python
 from safetensors.torch import load_file
 from test_training_recipes import make_settings, write_instructions, write_pairs
 from test_training_samples import read_events, read_pictures, read_texts
@@ -73,14 +74,7 @@ def test_a_packed_mixture_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_pa
 def run_two_processes(launcher: list[str], *arguments: str) -> str:
     """Start `emu train` by a launcher; gives what it printed."""
     code = "from modeling_emu.cli import main; main()"
-    process = subprocess.run(
-        [sys.executable, "-m", *launcher, sys.executable, "-c", code, "train", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    process = run_python("-m", *launcher, sys.executable, "-c", code, "train", *arguments)
     assert process.returncode == 0, process.stderr[-4000:]
     return process.stdout
 

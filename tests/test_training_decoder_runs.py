@@ -1,14 +1,12 @@
 """Runs of the decoder's trainer that are killed and resumed, and one that two processes share."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from python_processes import TESTS, TWO_PROCESSES, run_python
 from training_decoder_run import (
     assert_same_gradients,
     load_emu,
@@ -27,7 +25,7 @@ from modeling_emu.training.decoder import EmuDecoderTrainer
 from modeling_emu.training.decoder_data import DecoderEncoder, LiveDecoderData
 
 
-TESTS = Path(__file__).parent
+SCRIPT = str(TESTS / "training_decoder_run.py")
 
 
 @pytest.fixture(autouse=True)
@@ -54,23 +52,8 @@ def shards(tmp_path_factory, emu, pictures) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards") / "all", make_pipeline(emu), "encoder", pictures, emu)
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    """Run Python with `training_decoder_run.py`, where it finds the tests and this checkout."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=TESTS,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-
-
 def test_two_processes_are_one(tmp_path, shards):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "training_decoder_run.py"]
-    process = run_script(*command, "together", str(shards), str(tmp_path / "gradients"))
+    process = run_python(*TWO_PROCESSES, SCRIPT, "together", str(shards), str(tmp_path / "gradients"))
     assert process.returncode == 0, process.stderr[-4000:]
     whole = train_plainly(shards, batch_size=4, accumulation=1)
     for rank in range(2):
@@ -87,7 +70,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_one_that_was_not(tmp_path, shard
     whole = make_killable_trainer(shards, tmp_path / "whole")
     whole.train()
     output_dir = tmp_path / "killed"
-    process = run_script("training_decoder_run.py", "killed", str(shards), str(output_dir), when, str(step))
+    process = run_python(SCRIPT, "killed", str(shards), str(output_dir), when, str(step))
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     last = get_last_complete_checkpoint(output_dir)
     assert last.name == ("checkpoint-4" if when == "after_step" else "checkpoint-2")

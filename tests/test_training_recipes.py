@@ -1,10 +1,6 @@
 """Recipes: what they may say, what they say by default, and a run of each kind from files to a folder."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +8,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from golden_emu import GOLDEN_EMU
 from PIL import Image
+from python_processes import TESTS, TWO_PROCESSES, run_python
 from safetensors.torch import load_file
 from transformers import AutoModel, TrainingArguments
 
@@ -27,7 +24,6 @@ from modeling_emu.training.recipes import (
 from modeling_emu.training.run import FINAL_FOLDER, instruct, pretrain
 
 
-TESTS = Path(__file__).parent
 LANGUAGE_RECIPES = [path for path in sorted(PACKAGED_RECIPES.glob("*.yaml")) if "decoder" not in path.stem]
 COLOURS = {"red": (214, 64, 54), "blue": (56, 108, 214)}
 
@@ -300,20 +296,10 @@ def test_a_sharded_run_writes_the_folder_of_one_process(tmp_path):
         folders[instruct(*alone)] = tmp_path / f"2-{merge}" / FINAL_FOLDER
         settings_files.append(tmp_path / f"{merge}.json")
         settings_files[-1].write_text(json.dumps([*settings, *sharded, f"output_dir={tmp_path}/2-{merge}"]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for (
-        settings_file
-    ) in settings_files:  # each in a group of its own: the end of a run leaves it, and gloo may not join again
-        process = subprocess.run(
-            [sys.executable, *launcher, str(TESTS / "training_instruct_run.py"), str(settings_file)],
-            env=os.environ
-            | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-            | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
+    # Each in new processes: at its end a run leaves its group, and gloo may not join again.
+    for settings_file in settings_files:
+        arguments = [*TWO_PROCESSES, str(TESTS / "training_instruct_run.py"), str(settings_file)]
+        process = run_python(*arguments, env={"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""})
         assert process.returncode == 0, process.stderr[-6000:]
     for alone, together in folders.items():
         expected, expected_files = read_folder(alone)

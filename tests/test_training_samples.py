@@ -3,9 +3,6 @@
 import io
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 import torch
 from golden_emu import GOLDEN_EMU
 from PIL import Image
+from python_processes import TESTS, TWO_PROCESSES, run_python
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training_recipes import make_settings, write_instructions, write_pairs
@@ -23,7 +21,6 @@ from modeling_emu.training.run import instruct, pretrain
 from modeling_emu.training.samples import describe_prompt, has_decoder, load_decoder, read_prompt
 
 
-TESTS = Path(__file__).parent
 QUESTION = "What is this?"
 SEED = 42  # TrainingArguments' own
 
@@ -124,15 +121,7 @@ def test_instruction_tuning_samples_answers_alone(tmp_path):
 def test_shards_on_two_processes_give_the_samples_of_one_process(tmp_path):
     """FSDP2: both generate, since each has half of every weight; one of them reports."""
     write_pairs(tmp_path / "pairs")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [sys.executable, *command, str(TESTS / "training_samples_run.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    process = run_python(*TWO_PROCESSES, str(TESTS / "training_samples_run.py"), str(tmp_path))
     assert process.returncode == 0, process.stderr[-4000:]
     events = {name: read_events(tmp_path / name) for name in ("whole", "sharded")}
     assert read_texts(events["whole"], 0) == read_texts(events["sharded"], 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -90,7 +91,7 @@ class DecoderRun:
 
     def __init__(self, arguments: DecoderArguments, training_arguments: DecoderTrainingArguments):
         self.arguments, self.args = arguments, training_arguments
-        self.state = PartialState(cpu=training_arguments.use_cpu, timeout=LONGEST_WAIT)
+        self.state = PartialState(cpu=training_arguments.use_cpu)
         self.model = find_folder(arguments.model)
         self.decoder = self.model if arguments.decoder is None else find_folder(arguments.decoder)
         self.check_memory()
@@ -162,9 +163,10 @@ class DecoderRun:
         is_done = is_complete and has_prompts
         if not is_done:
             self.check_memory(is_precomputing=True)
+        wait_for_everyone = self.make_long_wait()
         if self.state.is_main_process:
             check_fingerprint(folder, self.make_fingerprint(is_complete))
-        self.state.wait_for_everyone()
+        wait_for_everyone()
         if is_done:
             return
         encoder = self.load_encoder()
@@ -173,7 +175,7 @@ class DecoderRun:
                 writer = ShardWriter(folder, number, self.state.process_index, self.state.num_processes)
                 stream = self.make_stream(encoder, [source], seed=0, repeat=False)
                 writer.write(encoder, stream, self.arguments.precompute_batch_size, SAMPLES_PER_SHARD)
-        self.state.wait_for_everyone()
+        wait_for_everyone()
         if self.state.is_main_process:
             if self.prompts:
                 tensors = {"image_embeds": encoder.embed_prompts(self.prompts).cpu()}
@@ -181,7 +183,13 @@ class DecoderRun:
             if not is_complete:
                 write_null_embeds(folder, encoder)
                 write_index(folder, len(self.arguments.sources))
-        self.state.wait_for_everyone()
+        wait_for_everyone()
+
+    def make_long_wait(self) -> Callable[[], Any]:
+        """A barrier for processes that are done long before others; every other one soon gives up a process that is lost."""
+        if self.state.num_processes == 1:
+            return self.state.wait_for_everyone
+        return partial(dist.barrier, dist.new_group(timeout=LONGEST_WAIT, backend="gloo"))
 
     def _name_prompts(self) -> str:
         return json.dumps(self.arguments.validation_prompts)
