@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import torch
 from python_processes import TIME_LIMIT, run_python
 
 from modeling_emu.cli.loading import load_pipeline
 from modeling_emu.hub.repository import list_code_files
 from modeling_emu.pipeline_emu import EmuPipeline
 from modeling_emu.training import tiny
-from modeling_emu.training.tiny import STAGES, divide_batch, launch, train_tiny
+from modeling_emu.training.tiny import STAGES, divide_batch, launch, make_settings, train_tiny
 
 
 SCALE = 0.001
@@ -79,6 +80,16 @@ def test_processes_that_fail_end_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="2 processes of tiny-vision: got exit status 1, expected 0"):
         launch("tiny-vision", ["model=nowhere"], 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what the CPU can do")
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_bf16": True}, "bf16=true"), ({"bf16": True}, "bf16=true"), ({"avx512_bf16": False}, "bf16=false")],
+)
+def test_the_u_net_is_computed_in_bfloat16_by_a_cpu_that_has_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert [make_settings(run) for _, run, _ in STAGES] == 3 * [["use_cpu=true"]] + 2 * [["use_cpu=true", expected]]
 
 
 def test_a_run_of_another_seed_is_refused(trained):

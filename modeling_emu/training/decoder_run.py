@@ -12,6 +12,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import snapshot_download
@@ -91,6 +92,7 @@ class DecoderRun:
 
     def __init__(self, arguments: DecoderArguments, training_arguments: DecoderTrainingArguments):
         self.arguments, self.args = arguments, training_arguments
+        AcceleratorState._reset_state()  # an earlier run of this process may have computed in another precision
         self.state = PartialState(cpu=training_arguments.use_cpu)
         self.model = find_folder(arguments.model)
         self.decoder = self.model if arguments.decoder is None else find_folder(arguments.decoder)

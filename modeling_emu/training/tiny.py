@@ -79,6 +79,8 @@ STAGES: tuple[tuple[str, Callable[..., Path], tuple[type, type]], ...] = (
 )
 VARIANT = "tiny"
 DONE_MARK = "stage_complete"
+# What torch calls a CPU's instructions for bfloat16, without which it is slower than float32.
+BFLOAT16_CAPABILITIES = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def make_config(vocab_size: int, token_ids: dict[str, int], pad_token_id: int) -> EmuConfig:
@@ -253,6 +255,21 @@ def put_together(model_folder: Path, decoder_folder: Path, folder: Path) -> None
     save_whole(EmuPipeline(model, processor, unet, None, scheduler), folder)
 
 
+def make_settings(run: Callable[..., Path]) -> list[str]:
+    """What the device says of a stage: where it runs, and that the U-Net is computed in bfloat16 where that is faster.
+
+    Args:
+        run: what trains the stage.
+    """
+    has_gpu = torch.cuda.is_available()
+    settings = [f"use_cpu={str(not has_gpu).lower()}"]
+    if run is train_decoder:
+        capabilities = torch.cpu.get_capabilities()
+        has_bfloat16 = has_gpu or any(capabilities.get(name, False) for name in BFLOAT16_CAPABILITIES)
+        settings.append(f"bf16={str(has_bfloat16).lower()}")
+    return settings
+
+
 def check_run(settings: dict[str, float]) -> None:
     """Refuse to go on with another run's stages; the first time, say here what this run is."""
     file = Path("run.json")
@@ -284,7 +301,6 @@ def train_tiny(output: Path, seed: int = 0, scale: float = 1.0, num_processes: i
         raise ValueError(f"scale: got {scale}, expected more than 0 and at most 1")
     for recipe, _, _ in STAGES:
         divide_batch(recipe, [], num_processes)
-    settings = [f"use_cpu={str(not torch.cuda.is_available()).lower()}"]
     output.mkdir(parents=True, exist_ok=True)
     with chdir(output):
         check_run({"seed": seed, "scale": scale})
@@ -295,7 +311,7 @@ def train_tiny(output: Path, seed: int = 0, scale: float = 1.0, num_processes: i
         if not Path("untrained").exists():
             make_untrained(Path("untrained"), seed)
         for recipe, run, classes in STAGES:
-            run_stage(recipe, run, classes, seed, scale, settings, num_processes)
+            run_stage(recipe, run, classes, seed, scale, make_settings(run), num_processes)
         if not Path("emu_tiny").exists():
             put_together(Path("instruct", FINAL_FOLDER), Path("decoder", FINAL_FOLDER), Path("emu_tiny"))
     return output / "emu_tiny"
