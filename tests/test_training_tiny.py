@@ -71,7 +71,9 @@ def test_two_processes_share_every_batch(trained, tmp_path):
 
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path):
     assert divide_batch("tiny-vision", ["seed=1"], 2) == ["seed=1", "per_device_train_batch_size=4"]
-    with pytest.raises(ValueError, match="processes: got 3, expected a divisor of 8, the batch of tiny-vision"):
+    with pytest.raises(
+        ValueError, match="processes: got 3, expected a divisor of 8, the batch of tiny-vision-captions"
+    ):
         train_tiny(tmp_path / "run", num_processes=3)
     assert not (tmp_path / "run").exists()
 
@@ -89,7 +91,7 @@ def test_processes_that_fail_end_the_run(tmp_path, monkeypatch):
 )
 def test_the_u_net_is_computed_in_bfloat16_by_a_cpu_that_has_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert [make_settings(run) for _, run, _ in STAGES] == 3 * [["use_cpu=true"]] + 2 * [["use_cpu=true", expected]]
+    assert [make_settings(run) for _, run, _ in STAGES] == 4 * [["use_cpu=true"]] + 2 * [["use_cpu=true", expected]]
 
 
 def test_a_run_of_another_seed_is_refused(trained):

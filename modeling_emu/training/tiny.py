@@ -71,6 +71,7 @@ NUM_DOCUMENTS = {
 }
 # Recipe, what runs it, and what it is read into.
 STAGES: tuple[tuple[str, Callable[..., Path], tuple[type, type]], ...] = (
+    ("tiny-vision-captions", pretrain, (PretrainArguments, EmuTrainingArguments)),
     ("tiny-vision", pretrain, (PretrainArguments, EmuTrainingArguments)),
     ("tiny-pretrain", pretrain, (PretrainArguments, EmuTrainingArguments)),
     ("tiny-instruct", instruct, (InstructArguments, EmuTrainingArguments)),

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 PAGES_PER_SAMPLE = 5  # of the validation split, for each sample of the test
-VISION, LANGUAGE, DECODER = "tiny-vision", "tiny-pretrain", "tiny-decoder"
+VISION, LANGUAGE, DECODER = "tiny-vision-captions", "tiny-pretrain", "tiny-decoder"
 STAGE_RUNS = {recipe: (run, classes) for recipe, run, classes in STAGES}
 
 
