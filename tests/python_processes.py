@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -16,7 +15,7 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-nod
 
 
 def run_python(
-    *arguments: str, env: dict[str, str] | None = None, time_limit: float = TIME_LIMIT, **kwargs: Any
+    *arguments: str, env: dict[str, str] | None = None, time_limit: float = TIME_LIMIT
 ) -> subprocess.CompletedProcess:
     """Run Python, where it finds this checkout and the tests' scripts.
 
@@ -24,7 +23,6 @@ def run_python(
         arguments: of Python.
         env: beside this process's own.
         time_limit: in seconds.
-        kwargs: of `subprocess.Popen`.
 
     Raises:
         TimeoutError: with the stacks of all processes that ran; they are ended.
@@ -36,8 +34,8 @@ def run_python(
         **(env or {}),
     }
     command = [sys.executable, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes, **kwargs) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             output, errors = process.communicate(timeout=time_limit)
         except subprocess.TimeoutExpired:

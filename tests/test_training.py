@@ -3,12 +3,11 @@
 import itertools
 import json
 import signal
-import subprocess
 
 import pytest
 import torch
 from conftest import BOS, EOS, GOLDENS, image_ids, make_model
-from python_processes import TESTS, run_python
+from python_processes import TESTS, TWO_PROCESSES, run_python
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.data import IterableDataset
@@ -24,11 +23,6 @@ from modeling_emu.training.trainer import EmuTrainer, EvaluationShare, count_tar
 
 
 RELATIVE = 1e-6  # float32, other orders of summation
-
-
-def run_script(name: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return run_python(*(launcher if processes > 1 else []), str(TESTS / name), *arguments)
 
 
 def make_trainer(tmp_path, model=None, samples=None, **kwargs) -> EmuTrainer:
@@ -51,7 +45,9 @@ def reference():
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     make_model().save_pretrained(folder / "model")
-    process = run_script("training_run.py", str(folder / "model"), str(folder / "outputs.pt"), processes=2)
+    process = run_python(
+        *TWO_PROCESSES, str(TESTS / "training_run.py"), str(folder / "model"), str(folder / "outputs.pt")
+    )
     assert process.returncode == 0, process.stderr[-6000:]
     return torch.load(folder / "outputs.pt", weights_only=False)
 
@@ -277,7 +273,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(("when", "step", "resumed_from"), [("after_step", 3, 2), ("while_saving", 4, 2)])
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path, uninterrupted, when, step, resumed_from):
-    process = run_script("training_killed_run.py", str(tmp_path), when, str(step))
+    process = run_python(str(TESTS / "training_killed_run.py"), str(tmp_path), when, str(step))
     assert process.returncode == -signal.SIGKILL, process.stderr[-4000:]
     assert (tmp_path / "checkpoint-4" / "optimizer.pt").exists() == (when == "while_saving")
     assert get_last_complete_checkpoint(tmp_path) == tmp_path / f"checkpoint-{resumed_from}"
