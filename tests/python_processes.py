@@ -1,10 +1,14 @@
 """Python in processes of its own, which leave nothing behind: also those that it starts end in time, and say where they were."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -34,13 +38,32 @@ def run_python(
         **(env or {}),
     }
     command = [sys.executable, *arguments]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            output, errors = process.communicate(timeout=time_limit)
-        except subprocess.TimeoutExpired:
-            for running in [*psutil.Process(process.pid).children(recursive=True), process]:
-                running.send_signal(signal.SIGABRT)
-            output, errors = process.communicate()
-            raise TimeoutError(f"{command}: not done after {time_limit} s\n{output}\n{errors}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        # Files, not pipes: nobody has to read while processes write their stacks
+        with subprocess.Popen(command, env=environment, stdout=output, stderr=errors) as process:
+            try:
+                process.wait(timeout=time_limit)
+            except subprocess.TimeoutExpired:
+                whole = psutil.Process(process.pid)
+                for running in [whole, *whole.children(recursive=True)]:
+                    abort(running)
+                message = (
+                    f"{command}: not done after {time_limit} s\n{read_from_start(output)}\n{read_from_start(errors)}"
+                )
+                raise TimeoutError(message) from None
+        return subprocess.CompletedProcess(
+            command, process.returncode, read_from_start(output), read_from_start(errors)
+        )
+
+
+def abort(process: psutil.Process) -> None:
+    """End a process by SIGABRT and wait until it is done: stacks that are written into one stream at a time would mix."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # where it ended by itself
+        process.send_signal(signal.SIGABRT)
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+
+
+def read_from_start(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()

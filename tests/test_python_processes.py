@@ -7,16 +7,17 @@ import pytest
 from python_processes import run_python
 
 
+PROCESSES = 4
 STUCK = """
 import os, subprocess, sys, time
 
-def wait_for_nothing():
+def wait_for_nothing(further):
     print(os.getpid(), flush=True)
-    if len(sys.argv) == 1:
-        subprocess.run([sys.executable, __file__, "inner"], start_new_session=True)
+    if further:
+        subprocess.run([sys.executable, __file__, str(further - 1)], start_new_session=True)
     time.sleep(600)
 
-wait_for_nothing()
+wait_for_nothing(int(sys.argv[1]))
 """
 
 
@@ -30,10 +31,10 @@ def is_running(number: int) -> bool:
 def test_processes_that_hang_are_ended_and_say_where(tmp_path):
     script = tmp_path / "stuck.py"
     script.write_text(STUCK)
-    with pytest.raises(TimeoutError, match="not done after 5 s") as caught:
-        run_python(str(script), time_limit=5)
+    with pytest.raises(TimeoutError, match="not done after 10 s") as caught:
+        run_python(str(script), str(PROCESSES - 1), time_limit=10)
     message = str(caught.value)
     ids = [int(number) for number in re.findall(r"^\d+$", message, re.MULTILINE)]
-    assert len(ids) == 2
+    assert len(ids) == PROCESSES
     assert not any(is_running(number) for number in ids)
-    assert message.count("in wait_for_nothing") == 2
+    assert message.count("in wait_for_nothing") == PROCESSES
