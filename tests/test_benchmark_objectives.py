@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -84,6 +85,19 @@ def test_all_arms_of_a_seed_begin_alike(run):
         assert torch.equal(tensor, end[name]) == is_encoder, name
 
 
+def test_an_arm_with_the_emu_of_another_trains_the_decoder_alone(run, tmp_path, monkeypatch):
+    """So that what differs between the two is the decoder: captions and losses are the same."""
+    monkeypatch.setattr("modeling_emu.evaluation.asking.NUM_INFERENCE_STEPS", 2)
+    copied = shutil.copytree(run, tmp_path / "run")
+    run_experiment(copied, [SEED], ["decoder-tuned"], SETTINGS)
+    tuned = copied / f"seed-{SEED}" / "decoder-tuned"
+    assert sorted(path.name for path in tuned.iterdir()) == ["decoder", runner.RESULT_FILE]
+    results = {result["arm"]: result for result in read_results(copied)}
+    assert results["decoder-tuned"]["losses"] == results["both"]["losses"]
+    for name, figure in results["both"]["figures"].items():
+        assert name.startswith("pictures") or results["decoder-tuned"]["figures"][name] == figure
+
+
 def test_other_settings_are_refused_in_the_same_folder(run):
     with pytest.raises(ValueError, match=r"run: got .*'scale': 0.5"):
         run_experiment(run, [SEED], ["both"], Settings(scale=0.5))
@@ -121,7 +135,11 @@ def test_every_arm_is_a_recipe_with_the_losses_it_names(arm):
     assert arm.draws == (weights[1] == 1)
     assert (training.freeze == []) == (TRAIN_ALL in arm.settings)
     is_packaged = training.freeze and arm.beginning == WHOLE and arguments.objective.get("regression_loss") != "cosine"
-    assert arm.tunes_decoder == (not is_packaged)
+    if arm.same_emu_as:
+        twin = ARMS[arm.same_emu_as]
+        assert (arm.settings, arm.beginning, arm.run) == (twin.settings, twin.beginning, twin.run)
+    else:
+        assert arm.tunes_decoder == (not is_packaged)
     [source] = arguments.sources
     assert source["kind"] == ("obelics" if arm.name == "captioner" else "image_text")
 

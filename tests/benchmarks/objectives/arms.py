@@ -34,8 +34,9 @@ class Arm:
         draws: whether it is asked for pictures.
         beginning: one of `BEGINNINGS`.
         run: what runs the recipe.
-        tunes_decoder: whether it regresses embeddings that the packaged visual decoder does not know, so that this is
-            tuned for it.
+        tunes_decoder: whether the packaged visual decoder is tuned for what it regresses, as it has to be where it does
+            not know such embeddings.
+        same_emu_as: the arm whose Emu it is, so that this is trained once; empty for one of its own.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arm:
     beginning: str = WHOLE
     run: Callable[..., Path] = pretrain
     tunes_decoder: bool = False
+    same_emu_as: str = ""
 
 
 DIFFUSION = "diffusion"
@@ -60,6 +62,13 @@ FIRST_ARMS = (
     ),
 )
 LATER_ARMS = (
+    Arm(
+        "decoder-tuned",
+        "the same Emu as both, the decoder tuned for it: what the arms below differ from",
+        (PAIRS, *BOTH_LOSSES),
+        tunes_decoder=True,
+        same_emu_as="both",
+    ),
     Arm(
         "cosine",
         "both losses, the regression's is the cosine",

@@ -161,7 +161,7 @@ class SeedRun:
 
     def run_emu(self, arm: Arm, start: Path) -> dict[str, Any]:
         """Train an Emu; gives what is measured."""
-        language = Path(arm.name, "language")
+        language = Path(arm.same_emu_as or arm.name, "language")
         self.run_stage(LANGUAGE, [f"model={start}", f"output_dir={language}", *arm.settings], run=arm.run)
         model, decoder = language / FINAL_FOLDER, EMU_TINY
         if arm.tunes_decoder:
