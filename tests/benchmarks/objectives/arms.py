@@ -10,9 +10,9 @@ from modeling_emu.training.tiny import NUM_IMAGE_TOKENS
 from .moving_targets import pretrain_with_moving_targets
 
 
-WHOLE, HALF = "whole", "half"
+WHOLE, ANEW, HALF = "whole", "anew", "half"
 # Whose encoder an arm begins with, by its image tokens: the packaged model's, or one that first learns to see by itself.
-BEGINNINGS = {WHOLE: NUM_IMAGE_TOKENS, HALF: NUM_IMAGE_TOKENS // 2}
+BEGINNINGS = {WHOLE: NUM_IMAGE_TOKENS, ANEW: NUM_IMAGE_TOKENS, HALF: NUM_IMAGE_TOKENS // 2}
 
 # The same pairs: in either order, and always as image, then caption.
 PAIRS = 'sources=[{kind: image_text, name: pair, files: "data/caption/*.tar"}]'
@@ -89,8 +89,15 @@ LATER_ARMS = (
         tunes_decoder=True,
     ),
     Arm(
+        "encoder-anew",
+        "both losses, an encoder that learned to see anew: what the next arm differs from",
+        (PAIRS, *BOTH_LOSSES),
+        beginning=ANEW,
+        tunes_decoder=True,
+    ),
+    Arm(
         "n-halved",
-        f"both losses, {BEGINNINGS[HALF]} image tokens",
+        f"both losses, an encoder that learned to see anew, {BEGINNINGS[HALF]} image tokens",
         (PAIRS, *BOTH_LOSSES),
         beginning=HALF,
         tunes_decoder=True,

@@ -3,7 +3,7 @@
 A run's folder has one folder per seed, and in it:
 
     data/, validation/              pairs and pages of the shapes' world
-    whole/ (half/)                  a beginning: start/; where the encoder is not the packaged one, untrained/, pages/, vision/
+    whole/ (anew/, half/)           a beginning: start/; where the encoder is not the packaged one, untrained/, vision/
     both/ (text/, ...)              an arm: language/, perhaps decoder/, result.json
 """
 
@@ -117,7 +117,7 @@ class SeedRun:
             path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
     def write_data(self) -> None:
-        """The training pairs, in either order and as pages; pages of the validation split."""
+        """The training pairs, in either order and as the pages that an encoder learns to see from; pages of the validation split."""
         if not Path("data").exists():
             # A task depends on its kind and number: the pages are the same pairs.
             counts = dict.fromkeys((WRITING, f"{WRITING}_page"), self.settings.num_pairs)
@@ -128,17 +128,6 @@ class SeedRun:
             )
             write_shards("validation", counts, self.seed, "validation")
 
-    def write_pages(self, folder: Path) -> str:
-        """The pages that an encoder learns to see from, as many of each kind as there are pairs. Gives the setting for the recipe."""
-        sources = [
-            source | {"files": str(folder.absolute() / Path(source["files"]).relative_to("data"))}
-            for source in read_recipe(VISION)["sources"]
-        ]
-        if not folder.exists():
-            kinds = [Path(source["files"]).parent.name for source in sources]
-            write_shards(str(folder), dict.fromkeys(kinds, self.settings.num_pairs), self.seed)
-        return f"sources={json.dumps(sources)}"
-
     def prepare_beginning(self, name: str) -> Path:
         """The network that arms begin with: an encoder that sees, and a language model and heads with random weights."""
         start, encoder = Path(name, "start"), EMU_TINY
@@ -146,8 +135,7 @@ class SeedRun:
             untrained, vision = Path(name, "untrained"), Path(name, "vision")
             if not untrained.exists():
                 make_untrained_with(untrained, self.seed, BEGINNINGS[name])
-            settings = [f"model={untrained}", f"output_dir={vision}", self.write_pages(Path(name, "pages"))]
-            self.run_stage(VISION, settings, self.settings.vision_scale)
+            self.run_stage(VISION, [f"model={untrained}", f"output_dir={vision}"], self.settings.vision_scale)
             encoder = vision / FINAL_FOLDER
         if not start.exists():
             make_start(start, encoder, self.seed)
