@@ -1,4 +1,4 @@
-"""Python in processes of its own, which leave nothing behind: also those that it starts end in time, and say where they were."""
+"""Python in processes of its own: what still runs at a time limit is ended, with all that it started, and says where it was."""
 
 import contextlib
 import os
@@ -15,6 +15,7 @@ import psutil
 
 TESTS = Path(__file__).parent
 TIME_LIMIT = 240  # seconds; on idle cores each run takes a tenth of it
+SECONDS_TO_ABORT = 10  # in which a process writes its stacks and ends; it is killed then
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -38,13 +39,14 @@ def run_python(
         **(env or {}),
     }
     command = [sys.executable, *arguments]
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+    with open_output() as output, open_output() as errors:
         # Files, not pipes: nobody has to read while processes write their stacks
         with subprocess.Popen(command, env=environment, stdout=output, stderr=errors) as process:
             try:
                 process.wait(timeout=time_limit)
             except subprocess.TimeoutExpired:
                 whole = psutil.Process(process.pid)
+                # Parents first: a launcher that sees one of its processes end would end the others
                 for running in [whole, *whole.children(recursive=True)]:
                     abort(running)
                 message = (
@@ -57,11 +59,18 @@ def run_python(
 
 
 def abort(process: psutil.Process) -> None:
-    """End a process by SIGABRT and wait until it is done: stacks that are written into one stream at a time would mix."""
-    with contextlib.suppress(psutil.NoSuchProcess):  # where it ended by itself
+    """End a process by SIGABRT and wait until it is done: stacks that are written into one file at the same time would mix."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # where it ended by itself, or is gone now
         process.send_signal(signal.SIGABRT)
-        while process.status() != psutil.STATUS_ZOMBIE:
+        deadline = time.monotonic() + SECONDS_TO_ABORT
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                process.kill()
             time.sleep(0.01)
+
+
+def open_output() -> IO[str]:
+    return tempfile.TemporaryFile("w+", errors="replace")
 
 
 def read_from_start(file: IO[str]) -> str:

@@ -1,4 +1,4 @@
-"""The experiment on objectives: two arms end to end at a scale that means nothing, and the arithmetic of its report."""
+"""The experiment on objectives: arms of each sort end to end at a scale that means nothing, and the arithmetic of its report."""
 
 import json
 import math
@@ -96,6 +96,11 @@ def test_an_arm_with_the_emu_of_another_trains_the_decoder_alone(run, tmp_path, 
     assert results["decoder-tuned"]["losses"] == results["both"]["losses"]
     for name, figure in results["both"]["figures"].items():
         assert name.startswith("pictures") or results["decoder-tuned"]["figures"][name] == figure
+
+    (tuned / runner.RESULT_FILE).unlink()
+    shutil.rmtree(tuned / "decoder" / "final" / "unet")  # what draws: without it nothing can be measured
+    with pytest.raises(OSError, match="decoder-tuned/decoder/final/unet"):
+        run_experiment(copied, [SEED], ["decoder-tuned"], SETTINGS)
 
 
 def test_other_settings_are_refused_in_the_same_folder(run):

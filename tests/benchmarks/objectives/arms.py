@@ -11,7 +11,7 @@ from .moving_targets import pretrain_with_moving_targets
 
 
 WHOLE, ANEW, HALF = "whole", "anew", "half"
-# Whose encoder an arm begins with, by its image tokens: the packaged model's, or one that first learns to see by itself.
+# The image tokens of each beginning: that with the packaged model's encoder, and two whose encoder first learns to see.
 BEGINNINGS = {WHOLE: NUM_IMAGE_TOKENS, ANEW: NUM_IMAGE_TOKENS, HALF: NUM_IMAGE_TOKENS // 2}
 
 # The same pairs: in either order, and always as image, then caption.
@@ -64,7 +64,7 @@ FIRST_ARMS = (
 LATER_ARMS = (
     Arm(
         "decoder-tuned",
-        "the same Emu as both, the decoder tuned for it: what the arms below differ from",
+        "the same Emu as both, the decoder tuned for it: what the next two differ from",
         (PAIRS, *BOTH_LOSSES),
         tunes_decoder=True,
         same_emu_as="both",

@@ -4,7 +4,7 @@ A run's folder has one folder per seed, and in it:
 
     data/, validation/              pairs and pages of the shapes' world
     whole/ (anew/, half/)           a beginning: start/; where the encoder is not the packaged one, untrained/, vision/
-    both/ (text/, ...)              an arm: language/, perhaps decoder/, result.json
+    both/ (text/, ...)              an arm: language/ if the Emu is its own, perhaps decoder/, result.json
 """
 
 import json
@@ -28,7 +28,7 @@ from modeling_emu.hub.outputs import whole_file, whole_folder
 from modeling_emu.shapes.shards import write_shards
 from modeling_emu.training.recipes import parse_as, read_recipe
 from modeling_emu.training.run import FINAL_FOLDER
-from modeling_emu.training.tiny import NUM_IMAGE_TOKENS, STAGES, check_run, make_untrained, run_stage, save_whole
+from modeling_emu.training.tiny import STAGES, check_run, make_untrained, run_stage, save_whole
 
 from .arms import ARMS, BEGINNINGS, DIFFUSION, PAIRS, WHOLE, Arm
 from .measuring import DRAWING, WRITING, measure_abilities, measure_losses
@@ -117,7 +117,7 @@ class SeedRun:
             path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
 
     def write_data(self) -> None:
-        """The training pairs, in either order and as the pages that an encoder learns to see from; pages of the validation split."""
+        """The training pairs, in either order and as pages with the picture first; pages of the validation split."""
         if not Path("data").exists():
             # A task depends on its kind and number: the pages are the same pairs.
             counts = dict.fromkeys((WRITING, f"{WRITING}_page"), self.settings.num_pairs)
@@ -204,9 +204,6 @@ def make_start(folder: Path, encoder: Path, seed: int) -> None:
 
 def make_untrained_with(folder: Path, seed: int, num_image_tokens: int) -> None:
     """The small model's untrained repository, with this number of image tokens."""
-    if num_image_tokens == NUM_IMAGE_TOKENS:
-        make_untrained(folder, seed)
-        return
     with TemporaryDirectory() as temporary:
         source = Path(temporary, "untrained")
         make_untrained(source, seed)
