@@ -4,7 +4,7 @@ Small networks of the same sizes learn from the same pairs in the same number of
 their captions are read by the world's grammar and their pictures by its checker. objectives/README.md has the arms.
 
     python tests/benchmarks/benchmark_objectives.py run outputs/objectives
-    python tests/benchmarks/benchmark_objectives.py run outputs/objectives --arms cosine n-halved --seeds 0
+    python tests/benchmarks/benchmark_objectives.py run outputs/objectives --arms decoder-tuned cosine --seeds 0
     python tests/benchmarks/benchmark_objectives.py report outputs/objectives
 
 The first goes on where it was stopped, as often as it is stopped. Seeds may run side by side, each in its own process.
