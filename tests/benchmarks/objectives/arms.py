@@ -1,7 +1,7 @@
 """The arms: what differs between the networks that are compared, as settings of the small model's own recipes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modeling_emu.training.run import pretrain
@@ -50,8 +50,9 @@ class Arm:
 
 
 DIFFUSION = "diffusion"
+BOTH = Arm("both", "text and regression loss", (PAIRS, *BOTH_LOSSES))
 FIRST_ARMS = (
-    Arm("both", "text and regression loss", (PAIRS, *BOTH_LOSSES)),
+    BOTH,
     Arm("text", "text loss alone", (PAIRS, *TEXT_LOSS), draws=False),
     Arm("regression", "regression loss alone", (PAIRS, *REGRESSION_LOSS)),
     Arm("captioner", "specialist: image, then caption, always; text loss alone", (PAGES, *TEXT_LOSS), draws=False),
@@ -62,12 +63,12 @@ FIRST_ARMS = (
     ),
 )
 LATER_ARMS = (
-    Arm(
-        "decoder-tuned",
-        "the same Emu as both, the decoder tuned for it: what the next two differ from",
-        (PAIRS, *BOTH_LOSSES),
+    replace(
+        BOTH,
+        name="decoder-tuned",
+        what="the same Emu as both, the decoder tuned for it: what the next two differ from",
         tunes_decoder=True,
-        same_emu_as="both",
+        same_emu_as=BOTH.name,
     ),
     Arm(
         "cosine",
